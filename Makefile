@@ -1,0 +1,57 @@
+# Every target sets up what it needs and is quick when nothing changed.
+#   make demo     the main job: a small Qwen3-MoE trained with and without moe_ext, with a plot
+#   make test     the tests, under transformers 5 and under transformers 4
+#   make lint     ruff, clang-format, mypy          make format   the first two, applied
+#   make build    the libraries, in place           make bench    forward and backward against transformers
+#   make clean    removes what was built; make distclean also the environments
+# Variables: PYTHON (the interpreter environments are made from), VENVS (where they go), MOE_EXT_CUDA, MAX_JOBS, and the others of setup.py.
+
+PYTHON ?= python3
+VENVS ?= .
+VENV := $(VENVS)/.venv
+VENV_TF4 := $(VENVS)/.venv-tf4
+VENV_LINT := $(VENVS)/.venv-lint
+ENVIRONMENT := $(PYTHON) build_tools/environment.py
+CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+TESTS ?= tests
+PYTEST_FLAGS ?= --timeout=900
+
+.PHONY: demo test test-tf5 test-tf4 lint format build bench clean distclean lint-environment
+
+build:
+	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
+
+demo: build
+	$(VENV)/bin/python -m moe_ext demo
+
+test: test-tf5 test-tf4
+
+test-tf5: build
+	$(VENV)/bin/python -m pytest $(TESTS) $(PYTEST_FLAGS)
+
+test-tf4: build
+	@$(ENVIRONMENT) $(VENV_TF4) --torch -r requirements/test-tf4.txt --source-path
+	$(VENV_TF4)/bin/python -m pytest $(TESTS) -m tf4 $(PYTEST_FLAGS)
+
+lint-environment:
+	@$(ENVIRONMENT) $(VENV_LINT) -r requirements/lint.txt
+
+lint: lint-environment
+	$(VENV_LINT)/bin/ruff check .
+	$(VENV_LINT)/bin/ruff format --check .
+	$(VENV_LINT)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(VENV_LINT)/bin/mypy
+
+format: lint-environment
+	$(VENV_LINT)/bin/ruff check --fix .
+	$(VENV_LINT)/bin/ruff format .
+	$(VENV_LINT)/bin/clang-format -i $(CXX_SOURCES)
+
+bench: build
+	$(VENV)/bin/python benchmarks/bench_grouped_forward.py
+
+clean:
+	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache
+
+distclean: clean
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_LINT)

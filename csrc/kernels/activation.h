@@ -1,0 +1,133 @@
+// Every activation and its derivative, once, for host and device. A is the accumulator type: float, or double for float64.
+//   gated:   h = act(g) * up,  g = min(gate, limit),  up = clamp(up, -limit, limit)     (limit = +inf when there is none)
+//   ungated: h = act(g)
+// swigluoai is gpt-oss's form: act(g) = g * sigmoid(alpha * g), multiplied by (up + 1). Where a clamp is active its derivative is 0.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+#if defined(__CUDACC__)
+#define MOE_FN static __host__ __device__ __forceinline__
+#else
+#define MOE_FN static inline __attribute__((always_inline))
+#endif
+
+namespace moe {
+
+MOE_FN double exp_(double x) { return exp(x); }
+
+// exp(x) for x clamped to [-87, 88], within 2 ulp: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2/2, and 2^n put into
+// the exponent. Exponents below -87 stay at exp(-87) = 1.6e-38. Free of branches and calls, so that a loop over it becomes vector code on the host.
+MOE_FN float exp_(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  float p = 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits, scale;
+  memcpy(&bits, &shifted, 4);
+  scale = (bits + 127u) << 23;
+  float two_n;
+  memcpy(&two_n, &scale, 4);
+  return p * two_n;
+}
+
+// sigmoid(x) and 1 - sigmoid(x), both without cancellation.
+template <class A>
+struct Sigmoid {
+  A value, rest;
+};
+template <class A>
+MOE_FN Sigmoid<A> sigmoid_(A x) {
+  const A e = exp_(-x), s = A(1) / (A(1) + e);
+  return {s, e * s};
+}
+
+// act(g) and its derivative. One specialisation per ActivationKind.
+template <class A>
+struct ValueAndSlope {
+  A value, slope;
+};
+
+template <ActivationKind kind, class A>
+MOE_FN ValueAndSlope<A> activate(A g, A alpha) {
+  if constexpr (kind == ActivationKind::kSilu) {
+    const Sigmoid<A> s = sigmoid_(g);
+    return {g * s.value, s.value * (A(1) + g * s.rest)};
+  } else if constexpr (kind == ActivationKind::kSwigluOai) {
+    const Sigmoid<A> s = sigmoid_(alpha * g);
+    return {g * s.value, s.value * (A(1) + alpha * g * s.rest)};
+  } else if constexpr (kind == ActivationKind::kGelu) {
+    const A cdf = A(0.5) * (A(1) + std::erf(g * A(0.70710678118654752440)));
+    return {g * cdf, cdf + g * A(0.39894228040143267794) * exp_(A(-0.5) * g * g)};
+  } else if constexpr (kind == ActivationKind::kGeluTanh) {  // 0.5 (1 + tanh u) = sigmoid(2u)
+    const A k = A(1.5957691216057307117);                    // 2 sqrt(2/pi)
+    const Sigmoid<A> s = sigmoid_(k * (g + A(0.044715) * g * g * g));
+    return {g * s.value, s.value + g * s.value * s.rest * k * (A(1) + A(0.134145) * g * g)};
+  } else if constexpr (kind == ActivationKind::kRelu) {
+    return {g > A(0) ? g : A(0), g > A(0) ? A(1) : A(0)};
+  } else {
+    const A r = g > A(0) ? g : A(0);
+    return {r * r, A(2) * r};
+  }
+}
+
+template <class A>
+MOE_FN A clamp_max(A x, A limit) {
+  return x > limit ? limit : x;
+}
+template <class A>
+MOE_FN A clamp_both(A x, A limit) {
+  return x > limit ? limit : (x < -limit ? -limit : x);
+}
+
+template <ActivationKind kind, class A>
+MOE_FN A gated_value(A gate, A up, A alpha, A limit) {
+  const A offset = kind == ActivationKind::kSwigluOai ? A(1) : A(0);
+  return activate<kind>(clamp_max(gate, limit), alpha).value * (clamp_both(up, limit) + offset);
+}
+
+template <class A>
+struct GatedGradient {
+  A value, d_gate, d_up;  // h, dh/dgate, dh/dup
+};
+
+template <ActivationKind kind, class A>
+MOE_FN GatedGradient<A> gated_gradient(A gate, A up, A alpha, A limit) {
+  const A offset = kind == ActivationKind::kSwigluOai ? A(1) : A(0);
+  const ValueAndSlope<A> act = activate<kind>(clamp_max(gate, limit), alpha);
+  const A factor = clamp_both(up, limit) + offset;
+  const A d_gate = gate > limit ? A(0) : act.slope * factor;
+  const A d_up = (up > limit || up < -limit) ? A(0) : act.value;
+  return {act.value * factor, d_gate, d_up};
+}
+
+// f(KindConstant<kind>{}) for a run-time kind.
+template <ActivationKind k>
+struct KindConstant {
+  static constexpr ActivationKind kind = k;
+};
+
+template <class F>
+auto visit_activation(ActivationKind kind, const F& f) {
+  switch (kind) {
+    case ActivationKind::kSilu: return f(KindConstant<ActivationKind::kSilu>{});
+    case ActivationKind::kGelu: return f(KindConstant<ActivationKind::kGelu>{});
+    case ActivationKind::kGeluTanh: return f(KindConstant<ActivationKind::kGeluTanh>{});
+    case ActivationKind::kRelu: return f(KindConstant<ActivationKind::kRelu>{});
+    case ActivationKind::kRelu2: return f(KindConstant<ActivationKind::kRelu2>{});
+    default: return f(KindConstant<ActivationKind::kSwigluOai>{});
+  }
+}
+
+}  // namespace moe

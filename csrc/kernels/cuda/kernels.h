@@ -1,0 +1,16 @@
+// What each CUDA kernel file provides; table.cpp collects them. No CUDA header is needed here.
+#pragma once
+#include "../kernel_table.h"
+
+namespace moe::cuda {
+
+extern const Kernel<PermuteParams> permute;
+extern const Kernel<UnpermuteParams> unpermute;
+extern const Kernel<UnpermuteBackwardParams> unpermute_backward;
+extern const Kernel<GatedActivationParams> gated_activation;
+extern const Kernel<GatedActivationBackwardParams> gated_activation_backward;
+
+// Kernels of this library for any device of the architectures it was built for.
+const KernelTable& table();
+
+}  // namespace moe::cuda

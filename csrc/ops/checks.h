@@ -1,0 +1,44 @@
+// Checks that end with the values in them. They run before anything is allocated or launched.
+#pragma once
+#include <sstream>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace moe::ops {
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "moe::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <class... Parts>
+void check(bool ok, const char* op, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    fail(op, parts...);
+}
+
+std::string shape(const Tensor& t);          // "[5, 8]"
+std::string dtype_name(const Tensor& t);     // "bfloat16", "int64", ...
+DType float_dtype(const char* op, const Tensor& t, const char* what);  // or an error that names what is accepted
+void check_shape(const char* op, const Tensor& t, const char* what, std::initializer_list<int64_t> expected);  // -1 = any size
+void check_like(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what);  // dtype and device
+void check_int32(const char* op, const Tensor& t, const char* what, int64_t size, const Tensor& like);  // contiguous int32 [size]
+
+// How many slots one call may have: rows and slots are int32.
+void check_slots(const char* op, int64_t slots);
+
+// The Activation of a set of schema arguments, or an error for a combination without a formula.
+Activation parse_activation(const char* op, const std::string& activation, bool gated, bool interleaved, const OptionalDouble& alpha,
+                            const OptionalDouble& limit);
+
+// This library's kernel table has no entry for `op`.
+[[noreturn]] void fail_missing(const char* op);
+
+// One message for everything but kOk: which kernel, what it was asked, what exists, what to do.
+[[noreturn]] void fail_status(const char* op, Status status, const char* detail);
+
+}  // namespace moe::ops

@@ -1,0 +1,41 @@
+"""moe_ext: the experts of Mixture-of-Experts models as one compiled op, `torch.ops.moe.grouped_forward`, proven on your model.
+
+    import moe_ext
+    report = moe_ext.enable(model)   # finds the experts, proves the compiled path computes the same, switches them over
+    print(report)
+
+Write your own model with `GroupedExperts`, or call `grouped_experts`. Importing this loads the compiled libraries; it imports no
+model library and initialises no GPU.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import ops as ops  # loads the libraries: first
+from .enable import disable, enable, explain, patched, register
+from .experts import ExpertSpec, ExpertWeights
+from .functional import grouped_experts
+from .modules import GroupedExperts
+from .report import EnableError, EnableReport, NoExpertsFound
+
+try:
+    __version__ = version("moe-ext")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "EnableError",
+    "EnableReport",
+    "ExpertSpec",
+    "ExpertWeights",
+    "GroupedExperts",
+    "NoExpertsFound",
+    "disable",
+    "enable",
+    "explain",
+    "grouped_experts",
+    "ops",
+    "patched",
+    "register",
+]

@@ -1,0 +1,222 @@
+"""`moe-ext doctor`: what is installed, what was built, what this machine has, and which kernel each op would use on each device.
+
+`examine` gathers everything as plain data, the JSON of `--json`; `as_text` prints the same. What the libraries contain is told by
+themselves through `moe_ext._C`, the one part that is tied to a Python version: without it everything else works, and the report says
+why it is missing. CUDA is initialised only by a torch that was built with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+REBUILD = "pip install --no-build-isolation -e ."
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+#: The instruction sets that tell CPU kernels apart, as Linux names them.
+INSTRUCTION_SETS = (
+    "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "asimd", "asimdhp", "bf16", "sve", "sve2", "i8mm",
+)  # fmt: skip
+
+Report = dict[str, Any]
+
+
+def examine() -> Report:
+    """The whole report; `usable` is False when the CPU library cannot work here, and `problem` then says why."""
+    failure = load_error()
+    introspection, introspection_error = _introspection()
+    cpu, cpu_error = _describe(introspection, introspection_error or failure, "libmoe_cpu.so")
+    cuda, cuda_error = _describe(introspection, introspection_error or failure, "libmoe_cuda.so")
+    gpus = _gpus()
+    # A library that loads but cannot choose its kernels (MOE_EXT_CPU_ISA asks for what this processor lacks) fails at the first op.
+    problem = failure or (cpu_error if introspection else None)
+    build = (cpu or {}).get("build") or (introspection.build_info() if introspection else None)
+    return {
+        "usable": problem is None,
+        "problem": problem,
+        "versions": _versions(build),
+        "libraries": {
+            "libmoe_cpu.so": _library("libmoe_cpu.so", failure),
+            "libmoe_cuda.so": _library("libmoe_cuda.so", failure),
+            "_C": {"path": getattr(introspection, "__file__", None), "loaded": introspection is not None, "why_not": introspection_error},
+        },
+        "build": build,
+        "processor": _processor(),
+        "cpu_kernels": _cpu_kernels(cpu, cpu_error),
+        "gpus": gpus,
+        "kernels": _kernels(cpu, cpu_error, cuda, cuda_error, gpus),
+    }
+
+
+def load_error() -> str | None:
+    """Why the op libraries cannot be loaded, or None."""
+    try:
+        importlib.import_module("moe_ext.ops")
+    except Exception as error:  # missing, of another version, for another torch: whatever it is, it is what the caller wants to print
+        return str(error).strip() or type(error).__name__
+    return None
+
+
+def _introspection() -> tuple[Any, str | None]:
+    """`moe_ext._C`, or None and why it is missing."""
+    try:
+        return importlib.import_module("moe_ext._C"), None
+    except ImportError as error:
+        here = f"{sys.implementation.cache_tag}, {platform.machine()}"
+        others = sorted(p.name for p in HERE.glob("_C*.so"))
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        if not others:
+            return None, f"moe_ext/_C is not built; kernel tables cannot be shown. Build it with: {REBUILD}"
+        if f"_C{suffix}" not in others:
+            return None, f"moe_ext/{', '.join(others)} is built for another Python than this one ({here}). Build again with: {REBUILD}"
+        return None, f"moe_ext/_C{suffix} cannot be loaded: {error}. Build again with: {REBUILD}"
+
+
+def _describe(introspection: Any, missing: str | None, library: str) -> tuple[Report | None, str | None]:
+    """What a loaded op library says about itself, or None and why it says nothing."""
+    if not (HERE / library).exists():
+        return None, f"{library} is not built"
+    if introspection is None or missing:
+        return None, missing
+    try:
+        return introspection.describe(str(HERE / library)), None
+    except RuntimeError as error:
+        return None, str(error).strip()
+
+
+def _library(name: str, failure: str | None) -> Report:
+    path = HERE / name
+    if not path.exists():
+        return {"path": None, "loaded": False, "why_not": "not built"}
+    return {"path": str(path), "loaded": failure is None, "why_not": failure}
+
+
+def _versions(build: Report | None) -> Report:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    own = installed("moe-ext") or (build or {}).get("version")
+    return {"python": platform.python_version(), "moe_ext": own, **{name: installed(name) for name in PACKAGES}}
+
+
+def _processor() -> Report:
+    name, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    return {
+        "name": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "instruction_sets": [s for s in INSTRUCTION_SETS if s in flags],
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_kernels(cpu: Report | None, error: str | None) -> Report:
+    """Which of the builds of the CPU kernels runs, and why that one."""
+    if cpu is None:
+        return {"variant": None, "variants": [], "why": error}
+    wanted = os.environ.get("MOE_EXT_CPU_ISA")
+    if wanted:
+        why = f"MOE_EXT_CPU_ISA={wanted} asks for it"
+    else:
+        why = "the best one built that this processor can run; MOE_EXT_CPU_ISA chooses another"
+    return {"variant": cpu["variant"], "variants": cpu["variants"], "why": why}
+
+
+def _gpus() -> Report:
+    if torch.version.cuda is None:
+        return {"devices": [], "why_none": f"torch {torch.__version__} is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"devices": [], "why_none": f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but sees no GPU or no driver"}
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        devices.append({"index": i, "name": p.name, "arch": f"sm_{p.major}{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)})
+    return {"devices": devices, "why_none": None}
+
+
+def _kernels(cpu: Report | None, cpu_error: str | None, cuda: Report | None, cuda_error: str | None, gpus: Report) -> Report:
+    """Per device: the dtypes, and per op `{"kernel": name or None, "why_not": reason or None}`."""
+    names = list((cpu or cuda or {}).get("ops", {}))
+
+    def column(table: Report | None, error: str | None) -> Report:
+        ops = {}
+        for name in names:
+            if table is None or error:
+                ops[name] = {"kernel": None, "why_not": error}
+            elif table["ops"].get(name):
+                ops[name] = {"kernel": table["variant"], "why_not": None}
+            else:
+                ops[name] = {"kernel": None, "why_not": "this build has no such kernel"}
+        return {"dtypes": table["dtypes"] if table else None, "why_not": error, "ops": ops}
+
+    no_gpu = None if gpus["devices"] else gpus["why_none"]
+    return {"cpu": column(cpu, cpu_error), "cuda": column(cuda, cuda_error or no_gpu)}
+
+
+def as_text(report: Report) -> str:
+    """The report for reading; every value in it is in the JSON too."""
+    sections = [("versions", {k: v or "not installed" for k, v in report["versions"].items()})]
+    libraries = {n: x["path"] if x["loaded"] else x["why_not"] for n, x in report["libraries"].items()}
+    sections.append(("libraries", libraries))
+    if report["build"]:
+        build = {k.replace("_", " "): ", ".join(v) if isinstance(v, list) else v for k, v in report["build"].items()}
+        sections.append(("build", {k: v or "none" for k, v in build.items()}))
+    p, k = report["processor"], report["cpu_kernels"]
+    processor = {
+        "name": p["name"],
+        "cores": f"{p['cores']}, torch uses {p['torch_threads']} threads",
+        "instructions": " ".join(p["instruction_sets"]) or "not known on this system",
+        "torch's own": p["torch_uses"],
+        "kernels": f"{k['variant']}: {k['why']}" if k["variant"] else k["why"],
+    }
+    if k["variants"]:
+        processor["built"] = ", ".join(v["name"] + ("" if v["runs_here"] else " (not on this processor)") for v in k["variants"])
+    sections.append(("processor", processor))
+    gpus = {str(d["index"]): f"{d['name']}, {d['arch']}, {d['memory_gib']} GiB" for d in report["gpus"]["devices"]}
+    sections.append(("GPUs", gpus or {"none": report["gpus"]["why_none"]}))
+    lines: list[str] = []
+    for title, rows in sections:
+        width = max(map(len, rows))
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
+    lines += [*_kernel_table(report["kernels"]), ""]
+    lines.append("moe_ext works here." if report["usable"] else f"moe_ext does not work here: {report['problem']}")
+    return "\n".join(lines)
+
+
+def _kernel_table(kernels: Report) -> list[str]:
+    lines = ["kernels"]
+    ops = list(kernels["cpu"]["ops"])
+    if ops:
+        cells = {device: [kernels[device]["ops"][op]["kernel"] or "-" for op in ops] for device in kernels}
+        width = max(map(len, ops))
+        widths = {device: max(map(len, [device, *column])) for device, column in cells.items()}
+        lines.append(f"  {'op':<{width}}  " + "  ".join(f"{d:<{widths[d]}}" for d in cells).rstrip())
+        for i, op in enumerate(ops):
+            lines.append(f"  {op:<{width}}  " + "  ".join(f"{cells[d][i]:<{widths[d]}}" for d in cells).rstrip())
+    for device, column in kernels.items():
+        reasons = {x["why_not"] for x in column["ops"].values() if x["why_not"]} | ({column["why_not"]} if column["why_not"] else set())
+        if column["dtypes"]:
+            lines.append(f"  {device}: {column['dtypes']}")
+        lines += [f"  {device}, no kernel: {reason}" for reason in sorted(reasons)]
+    return lines

@@ -1,0 +1,184 @@
+"""`enable` a Hugging Face model, `disable` it again, `explain` what would happen.
+
+Everything is detected and proven first and applied only then, so an exception leaves the model as it was. Stacked experts are
+switched through the `experts_implementation` of their configs, module lists by a forward on the block; both are taken back exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import prove as proofs
+from .integrations import detect, module_list, stacked
+from .integrations.fallback import DISABLE_VARIABLE, disabled_by_environment
+from .report import BlockReport, EnableError, EnableReport, NoExpertsFound
+
+
+@dataclass
+class _Candidate:
+    """A set of experts on its way into the report; `plan` is what `_apply` needs, where there is one."""
+
+    found: detect.Found
+    report: BlockReport
+    plan: Any = None
+
+
+def register() -> None:
+    """Makes `from_pretrained(..., experts_implementation="moe_ext")` and `set_experts_implementation("moe_ext")` work.
+
+    Needs transformers >= 5, else raises ImportError. `enable` registers by itself, and proves what it enables; experts that are only
+    given the name are detected at their first forward and not proven.
+    """
+    stacked.register()
+
+
+def enable(model: nn.Module, strict: bool = False, prove: bool = True) -> EnableReport:
+    """Makes `moe_ext` compute the experts of `model`, in place; returns what was done, block by block.
+
+    prove: first run old and new on a few random tokens, forward and backward; a block that does not agree by the error rule
+    (`moe_ext.testing`) is skipped with the figures in its reason.
+    strict: raise EnableError, which holds the report, when any set of experts would be skipped; the model is then as it was.
+
+    Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
+    in the environment nothing is done, and the report says so. Calling it again examines and proves again.
+    """
+    begin = time.perf_counter()
+    candidates = _examine(model)
+    report = EnableReport(type(model).__name__, [c.report for c in candidates])
+    if disabled_by_environment():
+        report.note = f"{DISABLE_VARIABLE} is set: nothing was enabled"
+        for c in candidates:
+            c.report.reason = c.report.reason or f"{DISABLE_VARIABLE} is set"
+            c.report.path, c.report.enabled = "original", False
+        return report
+    _require_experts(model, candidates)
+    for c in candidates:
+        if c.found.formula is not None:
+            _plan(c, prove)
+    for c in candidates:
+        c.report.path = "original" if c.report.reason is not None else c.report.path
+    report.seconds = time.perf_counter() - begin
+    if strict and report.skipped:
+        for c in candidates:
+            c.report.enabled = _is_enabled(c.found)
+        raise EnableError(report)
+    _apply(candidates)
+    return report
+
+
+def disable(model: nn.Module) -> int:
+    """Takes back what `enable` did to `model`, and nothing else; returns the number of sets of experts that were enabled.
+
+    An implementation chosen, or a forward wrapped around ours, since then stays.
+    """
+    return sum(stacked.revert(m) + module_list.revert(m) for m in list(model.modules()))
+
+
+def explain(model: nn.Module) -> EnableReport:
+    """What `enable` would do, from the structure alone: nothing is run on the model, proven or changed; weights may be on "meta".
+
+    Raises NoExpertsFound like `enable`.
+    """
+    candidates = _examine(model)
+    _require_experts(model, candidates)
+    return EnableReport(type(model).__name__, [c.report for c in candidates])
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
+    """`enable(model, **options)` for the length of a `with` statement; what was enabled before stays enabled."""
+    before = {m for m in model.modules() if stacked.is_enabled(m) if stacked.plan_of(m) is not None}
+    before |= {m for m in model.modules() if module_list.is_enabled(m)}
+    report = enable(model, **options)
+    try:
+        yield report
+    finally:
+        for m in list(model.modules()):
+            if m not in before:
+                stacked.revert(m)
+                module_list.revert(m)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- in steps
+def _examine(model: nn.Module) -> list[_Candidate]:
+    candidates = []
+    for found in detect.find(model):
+        report = BlockReport(found.name, type(found.module).__name__, found.layout, reason=found.reason)
+        if found.formula is not None:
+            report.path = found.formula.path
+            report.enabled = _is_enabled(found)
+        candidates.append(_Candidate(found, report))
+    _reject_shared_configs(candidates)
+    return candidates
+
+
+def _reject_shared_configs(candidates: list[_Candidate]) -> None:
+    """Experts with a registry of their own do not know our name: where they share a config with others, none can be switched."""
+    foreign = {id(c.found.module.config): c for c in candidates if c.found.kind == "stacked" and not stacked.can_share_config(c.found.module)}
+    for c in candidates:
+        if c.found.kind == "stacked" and c.found.formula is not None and id(c.found.module.config) in foreign:
+            other = foreign[id(c.found.module.config)].found.name
+            c.report.reason = f"its config also steers {other}, which cannot be switched to moe_ext"
+            c.found.formula = None
+
+
+def _require_experts(model: nn.Module, candidates: list[_Candidate]) -> None:
+    if not any(c.found.formula is not None for c in candidates):
+        raise NoExpertsFound(type(model).__name__, [c.report for c in candidates], sum(1 for _ in model.modules()))
+
+
+def _is_enabled(found: detect.Found) -> bool:
+    return stacked.is_enabled(found.module) if found.kind == "stacked" else module_list.is_enabled(found.module)
+
+
+def _plan(c: _Candidate, prove: bool) -> None:
+    """Fills in the plan, the figures of its proof, and the reason when that fails."""
+    found = c.found
+    assert found.formula is not None
+    if found.kind == "stacked":
+        c.plan = stacked.StackedPlan(found.formula, previous=stacked.previous_implementation(found.module), proven=prove)
+        proof = proofs.attempt(proofs.prove_stacked, found.module, c.plan) if prove else proofs.Proof()
+    else:
+        proof = proofs.attempt(_plan_module_list, c, prove)
+    c.report.figures, c.report.reason = proof.figures, proof.reason
+
+
+def _plan_module_list(c: _Candidate, prove: bool) -> proofs.Proof:
+    block, formula = c.found.module, c.found.formula
+    assert formula is not None
+    weights = module_list.read_weights(block, c.found.projections)
+    if isinstance(weights, str):
+        return proofs.Proof(weights)
+    if weights.tensors()[0].is_meta:
+        return proofs.Proof("could not be proven: its weights are on the meta device")
+    c.plan = module_list.BlockForward(block, c.found.projections, formula.spec, proofs.returns_logits(block), proven=prove)
+    return proofs.prove_module_list(block, c.plan) if prove else proofs.Proof()
+
+
+def _apply(candidates: list[_Candidate]) -> None:
+    """Switches everything that has no reason against it. Skipped experts whose config is switched are told what to run instead."""
+    lists = [c for c in candidates if c.found.kind == "module list"]
+    stacks = [c for c in candidates if c.found.kind == "stacked"]
+    switched = {id(c.found.module.config) for c in stacks if c.report.reason is None}
+    for c in stacks:
+        if id(c.found.module.config) in switched:
+            plan = c.plan or stacked.StackedPlan(None, previous=stacked.previous_implementation(c.found.module))
+            plan.reason = c.report.reason
+            c.plan = plan
+    for c in stacks:
+        stacked.revert(c.found.module)
+        if id(c.found.module.config) in switched:
+            stacked.apply(c.found.module, c.plan)
+    for c in lists:
+        if c.report.reason is None:
+            module_list.apply(c.found.module, c.plan)
+        else:
+            module_list.revert(c.found.module)
+    for c in candidates:
+        c.report.enabled = c.report.reason is None

@@ -1,0 +1,82 @@
+"""`grouped_experts`: an expert layer from its data (`ExpertWeights`) and its description (`ExpertSpec`), fused or composed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .experts import ExpertSpec, ExpertWeights
+
+
+def grouped_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    weights: ExpertWeights,
+    spec: ExpertSpec = ExpertSpec(),  # noqa: B008  (frozen)
+    *,
+    path: Literal["auto", "fused", "composed"] = "auto",
+) -> Tensor:
+    """`out[t] = sum_k w[t,k] * down_e(act(gate_e x[t]) * up_e x[t])` with `e = top_k_index[t,k]`.
+
+    hidden_states: `[..., H]`; top_k_index (int32 or int64) and top_k_weights (any float dtype): `[..., K]` with the same number of
+    tokens. Returns the shape and dtype of hidden_states.
+
+    path: "fused" is the one op `moe::grouped_forward`; "composed" is sort, permute, grouped_mm, activation, grouped_mm, unpermute,
+    where a `gate_fn` or a `post_norm` can act; "auto" takes the fused op whenever the spec allows. Both give the same bits.
+
+    Raises ValueError for path="fused" with a spec that only the composed path computes, RuntimeError for tensors that do not fit.
+    """
+    if path not in ("auto", "fused", "composed"):
+        raise ValueError(f"path={path!r} is not one of 'auto', 'fused', 'composed'")
+    if path == "fused" and not spec.fusable:
+        raise ValueError("path='fused' cannot run a gate_fn or a post_norm; use path='auto' or 'composed'")
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    index = top_k_index.reshape(-1, top_k_index.shape[-1])
+    w = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+    run = _composed if path == "composed" or not spec.fusable else _fused
+    return run(x, index, w, weights, spec).reshape(hidden_states.shape)
+
+
+def _fused(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
+    options = {"activation": spec.activation, "gated": spec.gated, "alpha": spec.alpha, "limit": spec.limit}
+    if weights.stacked:
+        return ops.moe.grouped_forward(
+            x, index, w, weights.gate_up_proj, weights.down_proj, weights.gate_up_bias, weights.down_bias,
+            transposed=spec.transposed, interleaved=spec.interleaved, **options,
+        )  # fmt: skip
+    return ops.moe.grouped_forward.list(
+        x, index, w, weights.gate_proj if spec.gated else [], weights.up_proj, weights.down_proj,
+        weights.gate_bias, weights.up_bias, weights.down_bias, **options,
+    )  # fmt: skip
+
+
+def _composed(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
+    expert_offsets, row_to_slot, slot_to_row = ops.sort_by_expert(index, weights.num_experts)
+    top_k = index.shape[1]
+    rows = ops.permute(x, row_to_slot, slot_to_row, top_k)
+    if weights.stacked:
+        assert weights.gate_up_proj is not None and weights.down_proj is not None
+        pre_act = ops.grouped_mm(rows, weights.gate_up_proj, expert_offsets, weights.gate_up_bias, transposed=spec.transposed)
+        down_transposed = spec.transposed
+    else:
+        assert weights.up_proj is not None and weights.down_proj is not None
+        pre_act = ops.grouped_mm(rows, weights.up_proj, expert_offsets, weights.up_bias)
+        if spec.gated:
+            assert weights.gate_proj is not None
+            gate = ops.grouped_mm(rows, weights.gate_proj, expert_offsets, weights.gate_bias)
+            pre_act = torch.cat((gate, pre_act), dim=-1)
+        down_transposed = False
+    if spec.gate_fn is not None:
+        act = spec.gate_fn(pre_act)
+    else:
+        act = ops.gated_activation(
+            pre_act, activation=spec.activation, gated=spec.gated, interleaved=spec.interleaved, alpha=spec.alpha, limit=spec.limit
+        )
+    y = ops.grouped_mm(act.to(x.dtype), weights.down_proj, expert_offsets, weights.down_bias, transposed=down_transposed)
+    if spec.post_norm is not None:
+        y = spec.post_norm(y)
+    return ops.unpermute(y, row_to_slot, slot_to_row, top_k, w)

@@ -1,0 +1,27 @@
+"""When a model's own code runs instead of ours, and saying so: once per reason, in the logger "moe_ext"."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+
+DISABLE_VARIABLE = "MOE_EXT_DISABLE"
+
+
+@torch.compiler.assume_constant_result
+def disabled_by_environment() -> bool:
+    """Whether MOE_EXT_DISABLE asks for the models' own code; read at each call, and once per compiled graph."""
+    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+
+
+def log_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _log_once(message)
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(message: str) -> None:
+    logging.getLogger("moe_ext").warning(message)

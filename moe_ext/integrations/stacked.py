@@ -1,0 +1,163 @@
+"""Stacked experts of transformers >= 5: the experts implementation "moe_ext", and what it keeps on each module.
+
+transformers calls `experts_forward(module, hidden_states, top_k_index, top_k_weights)` with hidden_states `[T,H]` and routing
+`[T,K]` from the model's own router. The weights are attributes of the module, read at each call: adapters that replace them by
+parametrizations, merges and moves are seen. A module's plan is a plain attribute: it is copied and pickled with the module and
+is in no state_dict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import functional
+from ..experts import ExpertSpec, ExpertWeights
+from . import detect, versions
+from .fallback import DISABLE_VARIABLE, disabled_by_environment, log_once
+
+#: The name in transformers' registry of experts implementations.
+IMPLEMENTATION = "moe_ext"
+
+_PLAN = "_moe_ext_plan"
+
+
+@dataclass
+class StackedPlan:
+    """How one module is run: `reason` says why its previous implementation keeps running, or is None."""
+
+    formula: detect.Formula | None
+    reason: str | None = None
+    previous: str | None = field(default=None)
+    proven: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied or unpickled model dispatches on the name in its config: the process it arrives in must know the name.
+        self.__dict__.update(state)
+        register()
+
+
+def register() -> None:
+    """Makes `experts_implementation="moe_ext"` known to transformers >= 5; may be called any number of times.
+
+    Raises ImportError where transformers is missing or has no registry of experts implementations.
+    """
+    registry = versions.experts_registry()
+    if registry.get(IMPLEMENTATION) is not experts_forward:
+        type(registry).register(IMPLEMENTATION, experts_forward)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of `self` through `moe_ext.grouped_experts`, or its previous implementation where that cannot be used now."""
+    plan = plan_of(self)
+    if plan is None:
+        plan = _plan_on_first_use(self)
+    reason = plan.reason
+    if reason is None and disabled_by_environment():
+        reason = f"{DISABLE_VARIABLE} is set"
+    if reason is None:
+        weights = read_weights(self)
+        reason = _unusable(weights, hidden_states)
+        if reason is None:
+            assert plan.formula is not None
+            out = functional.grouped_experts(hidden_states, top_k_index, top_k_weights, weights, resolve(self, plan.formula))
+            return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)  # autocast computes in its own dtype
+    log_once(f"{type(self).__name__} runs its own {plan.previous or 'eager'} implementation: {reason}")
+    return run_implementation(self, plan.previous, hidden_states, top_k_index, top_k_weights)
+
+
+def read_weights(module: nn.Module) -> ExpertWeights:
+    """The tensors that `module` computes with at this moment."""
+    return ExpertWeights(
+        gate_up_proj=module.gate_up_proj if module.has_gate else module.up_proj,
+        down_proj=module.down_proj,
+        gate_up_bias=None if not module.has_bias else module.gate_up_proj_bias if module.has_gate else module.up_proj_bias,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+    )
+
+
+def resolve(module: nn.Module, formula: detect.Formula) -> ExpertSpec:
+    """The spec of a formula with the module's own functions in it, as they are at this moment."""
+    if not (formula.own_gate or formula.own_post_norm):
+        return formula.spec
+    gate = (module._apply_gate if module.has_gate else module.act_fn) if formula.own_gate else None
+    return replace(formula.spec, gate_fn=gate, post_norm=module.post_expert_norm if formula.own_post_norm else None)
+
+
+def run_implementation(module: nn.Module, implementation: str | None, *args: Tensor) -> Tensor:
+    """Runs one of transformers' implementations; None, "eager" and our own name mean the loop the class was written with."""
+    eager = versions.eager_forward(module)
+    if implementation in (None, "eager", IMPLEMENTATION):
+        return eager(module, *args)
+    return versions.registry_of(module).get_interface(implementation, eager)(module, *args)
+
+
+def plan_of(module: nn.Module) -> StackedPlan | None:
+    return getattr(module, _PLAN, None)
+
+
+def can_share_config(module: nn.Module) -> bool:
+    """Whether a decorated module still works when its config names our implementation, even if it is skipped."""
+    return versions.registry_of(module) is versions.experts_registry() and (
+        versions.experts_implementation(module) not in versions.LOCKED_IMPLEMENTATIONS
+    )
+
+
+def is_enabled(module: nn.Module) -> bool:
+    plan = plan_of(module)
+    return plan is not None and plan.reason is None and versions.experts_implementation(module) == IMPLEMENTATION
+
+
+def previous_implementation(module: nn.Module) -> str | None:
+    """What `module` dispatched on before it was enabled; what it dispatches on, if it is not enabled."""
+    plan, current = plan_of(module), versions.experts_implementation(module)
+    return plan.previous if plan is not None and current == IMPLEMENTATION else current
+
+
+def apply(module: nn.Module, plan: StackedPlan) -> None:
+    register()
+    setattr(module, _PLAN, plan)
+    versions.set_experts_implementation(module, IMPLEMENTATION)
+
+
+def revert(module: nn.Module) -> bool:
+    """Takes back `apply`, and nothing else: an implementation that was chosen since then stays. Whether there was a plan."""
+    plan = plan_of(module)
+    if plan is None:
+        return False
+    delattr(module, _PLAN)
+    if versions.experts_implementation(module) == IMPLEMENTATION:
+        versions.set_experts_implementation(module, plan.previous)
+    return plan.reason is None
+
+
+def _plan_on_first_use(module: nn.Module) -> StackedPlan:
+    """The plan of a module that was given the name "moe_ext" without `enable`: detected, but not proven."""
+    if torch.compiler.is_compiling():
+        # The formula cannot be probed inside a graph; the module's own functions need no probing.
+        return StackedPlan(detect.own_formula(module))
+    found = detect.stacked(module)
+    plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION)
+    setattr(module, _PLAN, plan)
+    if plan.reason is None:
+        log_once(
+            f"{type(module).__name__} runs experts_implementation='moe_ext' without having been proven against transformers' own; "
+            "moe_ext.enable(model) proves it"
+        )
+    return plan
+
+
+def _unusable(weights: ExpertWeights, hidden_states: Tensor) -> str | None:
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    for t in weights.tensors():
+        if is_traceable_wrapper_subclass(t):
+            return f"a weight is a {type(t).__name__}, not a plain tensor"
+        if t.device != hidden_states.device:
+            return f"a weight is on {t.device}, hidden_states on {hidden_states.device}"
+        if t.dtype != hidden_states.dtype and not autocast:
+            return f"a weight is {t.dtype}, hidden_states {hidden_states.dtype}"
+    return None

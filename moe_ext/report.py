@@ -1,0 +1,142 @@
+"""What `enable` and `explain` answer: one row per set of experts, as text and as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .testing import ErrorReport
+
+
+@dataclass
+class BlockReport:
+    """One set of experts.
+
+    module: its name in the model. path: what a forward runs: "fused" (the one op), "composed" (the primitives with the model's own
+    gate or norm between them) or "original" (the model's own code). enabled: whether moe_ext computes it now. reason: why it is
+    skipped; None for one that is enabled or could be. figures: errors of the proof by quantity, each new against plain PyTorch.
+    """
+
+    module: str
+    class_name: str
+    layout: str
+    path: str = "original"
+    enabled: bool = False
+    reason: str | None = None
+    figures: Mapping[str, ErrorReport] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        return "enabled" if self.enabled else self.reason or "can be enabled"
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = {name: {"error": r.new, "plain": r.plain, "ratio": r.ratio} for name, r in self.figures.items()}
+        return {
+            "module": self.module, "class": self.class_name, "layout": self.layout, "path": self.path,
+            "enabled": self.enabled, "reason": self.reason, "proof": figures or None,
+        }  # fmt: skip
+
+
+@dataclass
+class EnableReport:
+    """The answer for a whole model; `str()` is a table, in which consecutive layers that are alike share a row."""
+
+    model: str
+    blocks: list[BlockReport]
+    note: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def enabled_count(self) -> int:
+        return sum(block.enabled for block in self.blocks)
+
+    @property
+    def skipped(self) -> list[BlockReport]:
+        """The blocks with a reason why moe_ext does not compute them."""
+        return [block for block in self.blocks if block.reason is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "enabled_count": self.enabled_count, "seconds": self.seconds, "note": self.note,
+            "blocks": [block.to_dict() for block in self.blocks],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        rows = [(name, b.class_name, b.layout, b.path, b.status) for name, b in _grouped(self.blocks)]
+        lines = _table([("module", "class", "layout", "path", "status"), *rows])
+        return "\n".join([*lines, self._totals(), *([self.note] if self.note else [])])
+
+    def _totals(self) -> str:
+        count, proven = len(self.blocks), sum(bool(b.figures) and b.enabled for b in self.blocks)
+        paths = [f"{n} {path}" for path in ("fused", "composed") if (n := sum(b.path == path and b.enabled for b in self.blocks))]
+        parts = [f"{self.enabled_count} of {count} expert block{'s' * (count != 1)} enabled" + (f" ({', '.join(paths)})" if paths else "")]
+        possible = sum(not b.enabled and b.reason is None for b in self.blocks)
+        parts += [f"{possible} can be enabled"] if possible else []
+        parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        parts += [f"{proven} proven in {self.seconds:.1f} s"] if proven else []
+        return f"{self.model}: {', '.join(parts)}"
+
+
+class NoExpertsFound(ValueError):
+    """No module of the model is a set of experts that moe_ext can compute; the message lists what was looked at."""
+
+    def __init__(self, model: str, rejected: Iterable[BlockReport], modules: int) -> None:
+        self.model = model
+        self.rejected = list(rejected)
+        text = f"{model} has no experts that moe_ext can compute"
+        if self.rejected:
+            lines = [f"  {name} ({b.class_name}): {b.reason}" for name, b in _grouped(self.rejected)]
+            text += "; what looks like experts, and why it was left alone:\n" + "\n".join(lines)
+        else:
+            text += f": none of its {modules} modules holds experts (stacked 3-D weights, or a ModuleList of MLPs named `experts`)"
+        super().__init__(text)
+
+
+class EnableError(RuntimeError):
+    """`enable(strict=True)` met experts that it would have to skip; the model is as it was. The report is in `.report`."""
+
+    def __init__(self, report: EnableReport) -> None:
+        self.report = report
+        super().__init__(f"strict=True, and {len(report.skipped)} of {len(report.blocks)} expert blocks would be skipped; nothing was changed\n{report}")
+
+
+def _grouped(blocks: list[BlockReport]) -> list[tuple[str, BlockReport]]:
+    """Runs of blocks that differ in one number of their names only, as `layers.{0-47}.mlp` with the first of them."""
+    groups: list[tuple[list[str], BlockReport]] = []
+    for block in blocks:
+        if groups:
+            names, first = groups[-1]
+            alike = (first.class_name, first.layout, first.path, first.status) == (block.class_name, block.layout, block.path, block.status)
+            if alike and _span([*names, block.module]) is not None:
+                names.append(block.module)
+                continue
+        groups.append(([block.module], block))
+    return [(_span(names) or names[0], first) for names, first in groups]
+
+
+def _span(names: list[str]) -> str | None:
+    """`["a.0.b", "a.1.b"]` to `"a.{0-1}.b"`; None when the names differ otherwise."""
+    if len(names) < 2:
+        return None
+    pieces = [re.split(r"(\d+)", name) for name in names]
+    if len({len(p) for p in pieces}) > 1:
+        return None
+    varying = [i for i in range(len(pieces[0])) if len({p[i] for p in pieces}) > 1]
+    if len(varying) != 1 or varying[0] % 2 == 0:
+        return None
+    numbers = [int(p[varying[0]]) for p in pieces]
+    step = numbers[1] - numbers[0]
+    if step < 1 or any(b - a != step for a, b in zip(numbers, numbers[1:])):
+        return None
+    first = list(pieces[0])
+    first[varying[0]] = f"{{{numbers[0]}-{numbers[-1]}{f' step {step}' if step > 1 else ''}}}"
+    return "".join(first)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = max(len(rows[0][-1]), *(len(line) for line in lines)) if len(lines) > 1 else len(lines[0])
+    return [lines[0], "-" * min(rule, 140), *lines[1:]]

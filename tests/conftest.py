@@ -1,0 +1,27 @@
+"""What every test gets: a fixed seed, the thread count it started with, and float64 off as the default dtype.
+
+Markers are registered in pyproject.toml. Tests on one machine must give one answer: nothing here depends on the time or the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Seeds torch, and undoes a test's change of the thread count or the default dtype."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(params=(torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype the ops compute in."""
+    return request.param
