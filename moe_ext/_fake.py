@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 from ._needs import Needs
+
+
+def _devices(args: Any) -> Iterator[str]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield str(arg.device)
+        elif isinstance(arg, (list, tuple)):
+            yield from _devices(arg)
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """torch.library.register_fake, and one check: a single tensor on the meta device (an offloaded weight) sends a whole call
+    here, where the result would be memory that nobody fills."""
+
+    def register(fake: Callable[..., Any]) -> None:
+        @functools.wraps(fake)
+        def checked(*args: Any, **options: Any) -> Any:
+            devices = sorted(set(_devices(args)))
+            if len(devices) > 1:
+                op = name.partition(".")[0]
+                raise RuntimeError(f"{op}: the tensors are on different devices: {', '.join(devices)}; move them to one of these")
+            return fake(*args, **options)
+
+        torch.library.register_fake(name)(checked)
+
+    return register
 
 
 @register_fake("moe::sort_by_expert")

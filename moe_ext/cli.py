@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a small Qwen3-MoE as a byte-level language model on the Python standard library's sources, as transformers "
         "ships it and with moe_ext, on the same data from the same weights. Exit code 1 when the loss curves part.",
     )
-    demo.add_argument("--steps", type=_positive, default=None, help="training steps of each run (default: 120; with --size tiny: 40)")
+    demo.add_argument("--steps", type=_positive, default=None, help="training steps of each run (default: 150; with --size tiny: 40)")
     demo.add_argument("--size", choices=("small", "tiny"), default="small", help="size of the model (default: small)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data (default: 0)")
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="where to write the plot (default: demo.png)")
@@ -113,11 +113,8 @@ def _explain(args: argparse.Namespace) -> int:
         raise CommandError(f"{args.checkpoint}: {error}", exit_code=1) from error
     quantization = getattr(config, "quantization_config", None)
     if args.json:
-        print(
-            json.dumps(
-                {"checkpoint": str(args.checkpoint), "model": type(model).__name__, "quantized": bool(quantization), **report.to_dict()}
-            )
-        )
+        head = {"checkpoint": str(args.checkpoint), "model": type(model).__name__, "quantized": bool(quantization)}
+        print(json.dumps({**head, **report.to_dict()}, indent=2))
         return 0
     print(f"{args.checkpoint}: {type(model).__name__}, {_count(model)} parameters, {_dtypes(model)}")
     print(report)

@@ -157,8 +157,9 @@ def _plan_module_list(c: _Candidate, prove: bool) -> proofs.Proof:
         return proofs.Proof(weights)
     if weights.tensors()[0].is_meta:
         return proofs.Proof("could not be proven: its weights are on the meta device")
-    c.plan = module_list.BlockForward(block, c.found.projections, formula.spec, proofs.returns_logits(block), proven=prove)
-    return proofs.prove_module_list(block, c.plan) if prove else proofs.Proof()
+    with detect.undisturbed(block):
+        c.plan = module_list.BlockForward(block, c.found.projections, formula.spec, proofs.returns_logits(block), proven=prove)
+        return proofs.prove_module_list(block, c.plan) if prove else proofs.Proof()
 
 
 def _apply(candidates: list[_Candidate]) -> None:

@@ -23,7 +23,8 @@ from .integrations import module_list, stacked
 from .integrations.detect import undisturbed
 from .testing import ErrorReport, compare
 
-TOKENS = 16
+#: Tokens of a proof: at least this many, and more for narrow experts, so that errors are judged over enough numbers to be typical.
+TOKENS, NUMBERS = 32, 4096
 #: Experts that a proof reads: enough to tell them apart, few enough that a float64 copy of them costs nothing.
 ACTIVE_EXPERTS = 3
 
@@ -103,7 +104,8 @@ def prove_stacked(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
             return Proof("could not be proven: its weights are on the meta device")
         experts = sorted({0, down.shape[0] // 2, down.shape[0] - 1})[:ACTIVE_EXPERTS]
         hidden = weights.gate_up_proj.shape[1 if spec.transposed else 2]
-        x, index, w, grad = _tokens(hidden, len(experts), down)
+        inner = weights.gate_up_proj.shape[2 if spec.transposed else 1]
+        x, index, w, grad = _tokens(_count(inner), hidden, len(experts), down)
         some = ExpertWeights(**{name: t[experts] for name, t in vars(weights).items() if t is not None})
         names = [name for name, t in vars(some).items() if t is not None]
         trainable = any(t.requires_grad for t in stacked.read_weights(module).tensors())
@@ -129,20 +131,24 @@ def prove_stacked(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
         plain, truth = by_formula(down.dtype), by_formula(torch.float64)
         if trainable:
             new = _Results(by_formula(down.dtype, functional.grouped_experts).values | new.values)
-        return _judge(old, new, plain, truth, terms=sum(weights.gate_up_proj.shape[1:]))
+        return _judge(old, new, plain, truth, terms=hidden + inner)
 
 
-def _tokens(hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _count(inner: int) -> int:
+    return max(TOKENS, NUMBERS // max(1, inner))
+
+
+def _tokens(tokens: int, hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden_states `[T,H]`, top_k_index and top_k_weights `[T,K]`, and a gradient `[T,H]`; a token's experts are distinct."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
 
-    order = torch.rand(TOKENS, experts, generator=generator, dtype=torch.float64, device="cpu").argsort(dim=1)
+    order = torch.rand(tokens, experts, generator=generator, dtype=torch.float64, device="cpu").argsort(dim=1)
     top_k = min(2, experts)
-    weights = torch.rand(TOKENS, top_k, generator=generator, dtype=torch.float64, device="cpu")
-    return normal(TOKENS, hidden), order[:, :top_k].to(like.device), weights.to(like.device, like.dtype), normal(TOKENS, hidden)
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64, device="cpu")
+    return normal(tokens, hidden), order[:, :top_k].to(like.device), weights.to(like.device, like.dtype), normal(tokens, hidden)
 
 
 def _detached(weights: ExpertWeights) -> ExpertWeights:
@@ -170,10 +176,13 @@ def _replaced(parameters: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[N
 
 # -------------------------------------------------------------------------------------------------------------------- module list
 def returns_logits(block: nn.Module) -> bool:
-    """Whether the block returns `(out, router_logits)`, seen by running it on one token; raises TypeError for anything else."""
+    """Whether the block returns `(out, router_logits)`, seen by running it on one token; raises TypeError for anything else.
+
+    To be called inside `undisturbed(block)`, like `prove_module_list`.
+    """
     weight = next(block.experts.parameters())
     width = getattr(block.gate, "in_features", None) or weight.shape[1]
-    with undisturbed(block), torch.no_grad():
+    with torch.no_grad():
         block.eval()
         out = type(block).forward(block, torch.zeros(1, 1, width, dtype=weight.dtype, device=weight.device))
     if isinstance(out, Tensor):
@@ -187,18 +196,17 @@ def prove_module_list(block: nn.Module, forward: module_list.BlockForward) -> Pr
     """Whole blocks, in training with gradients and in evaluation without: output, router logits, gradients of the input, of the
     gate and of the first active experts. Both ways must draw the same random numbers and give the same router logits.
     """
-    with undisturbed(block):
-        weights = module_list.read_weights(block, forward.projections)
-        assert isinstance(weights, ExpertWeights)
-        proof = Proof()
-        for training in (True, False):
-            block.train(training)
-            one = _prove_mode(block, forward, weights, training)
-            mode = "training" if training else "evaluation"
-            proof.figures |= {f"{name}, {mode}": report for name, report in one.figures.items()}
-            if one.reason is not None:
-                return Proof(f"in {mode} mode {one.reason}", proof.figures)
-        return proof
+    weights = module_list.read_weights(block, forward.projections)
+    assert isinstance(weights, ExpertWeights)
+    proof = Proof()
+    for training in (True, False):
+        block.train(training)
+        one = _prove_mode(block, forward, weights, training)
+        mode = "training" if training else "evaluation"
+        proof.figures |= {f"{name}, {mode}": report for name, report in one.figures.items()}
+        if one.reason is not None:
+            return Proof(f"in {mode} mode {one.reason}", proof.figures)
+    return proof
 
 
 def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: ExpertWeights, training: bool) -> Proof:
@@ -218,8 +226,10 @@ def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: Ex
         result = _Results({"output": out} | ({} if logits is None else {"router logits": logits}))
         if training:
             total = (out * grad).sum() + (0 if logits is None else (logits * grad_logits).sum())
-            called = ["hidden_states", *names]
-            result.add([f"gradient of {n}" for n in called], torch.autograd.grad(total, [leaf, *leaves], allow_unused=True))
+            grads = torch.autograd.grad(total, [leaf, *leaves], allow_unused=True)
+            result.add(["gradient of hidden_states"], grads[:1])
+            for kind, found in _by_kind(names, leaves, grads[1:]).items():
+                result.add([f"gradient of {kind}"], [torch.cat(found)])
         return result
 
     def by_block(compute: Callable[[Tensor], Any]) -> tuple[_Results, Tensor]:
@@ -251,8 +261,7 @@ def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: Ex
         return Proof("its formula is another than the one detected: its own code draws other random numbers")
     if forward.returns_logits and not torch.equal(old.values["router logits"], new.values["router logits"]):  # type: ignore[arg-type]
         return Proof("its formula is another than the one detected: its own code returns other router logits")
-    proof = _judge(old, new, by_formula(dtype), by_formula(torch.float64), terms=hidden + first.shape[0])
-    return proof
+    return _judge(old, new, by_formula(dtype), by_formula(torch.float64), terms=hidden + first.shape[0])
 
 
 def _run_new(block: nn.Module, leaf: Tensor, forward: module_list.BlockForward) -> Any:
@@ -269,7 +278,7 @@ def _same_random() -> Iterator[None]:
 
 
 def _related_tokens(hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states and a gradient `[2,T/4,H]`, a gradient of the logits `[T/2,E]`. The tokens of a row are alike, so that the router
+    """hidden_states and a gradient `[2,T/2,H]`, a gradient of the logits `[T,E]`. The tokens of a row are alike, so that the router
     sends them to few experts.
     """
     generator = torch.Generator("cpu").manual_seed(0)
@@ -277,14 +286,25 @@ def _related_tokens(hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Te
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    x = normal(2, 1, hidden) + 0.25 * normal(2, TOKENS // 4, hidden)
-    return tuple(t.to(like.device, like.dtype) for t in (x, normal(*x.shape), normal(TOKENS // 2, experts)))  # type: ignore[return-value]
+    tokens = _count(like.shape[0])
+    x = normal(2, 1, hidden) + 0.25 * normal(2, tokens // 2, hidden)
+    return tuple(t.to(like.device, like.dtype) for t in (x, normal(*x.shape), normal(x.shape[0] * x.shape[1], experts)))  # type: ignore[return-value]
+
+
+def _by_kind(names: Sequence[str], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, list[Tensor]]:
+    """Flat gradients by the name of the parameter without its expert: together they are judged, since one expert has few tokens."""
+    found: dict[str, list[Tensor]] = {}
+    for name, leaf, grad in zip(names, leaves, grads, strict=True):
+        kind = name.split(".", 2)[2] if name.startswith("experts.") else name
+        found.setdefault(kind, []).append((torch.zeros_like(leaf) if grad is None else grad).flatten())
+    return found
 
 
 def _trainable_names(block: nn.Module, index: Tensor, projections: tuple[str, str, str]) -> list[str]:
-    """Parameters whose gradients are proven: of the gate, and of the first experts that have tokens; those that need gradients."""
+    """Parameters whose gradients are proven: of the gate, and of the experts with the most tokens; those that need gradients."""
     names = [f"gate.{name}" for name, _ in block.gate.named_parameters()]
-    for e in sorted(set(index.flatten().tolist()))[:ACTIVE_EXPERTS]:
+    busiest = torch.bincount(index.flatten(), minlength=len(block.experts)).argsort(descending=True, stable=True)
+    for e in busiest[:ACTIVE_EXPERTS].tolist():
         names += [f"experts.{e}.{p}.{kind}" for p in projections for kind in ("weight", "bias")]
     known = dict(block.named_parameters(remove_duplicate=False))
     return [name for name in names if name in known and known[name].requires_grad]

@@ -131,6 +131,8 @@ def test_demo_refuses_an_output_it_cannot_write_before_it_trains(tmp_path: Path,
     assert main(["demo", "--out", str(tmp_path / "missing" / "x.png")]) == 2
     printed = capsys.readouterr()
     assert str(tmp_path / "missing") in printed.err and not printed.out
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "is a directory" in capsys.readouterr().err
 
 
 def test_curves_agree_up_to_rounding_only() -> None:

@@ -50,7 +50,7 @@ def test_host_sees_a_wrong_result(built: Path, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(built / name)
     cases = torch.load(built / "cases.pt")
     x, plain, truth = cases[1]
-    cases[1] = (x, plain, truth + 1)
+    cases[1] = (x, plain + 1, truth + 1)
     torch.save(cases, tmp_path / "cases.pt")
     result = run(built / "deploy", ops.CPU_LIBRARY, tmp_path)
     assert result.returncode == 1, result.stdout + result.stderr

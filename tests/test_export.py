@@ -18,7 +18,7 @@ from moe_ext import testing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
-COUNTS = (2, 7, 40)
+COUNTS = (16, 40, 200)
 ALL_COUNTS = (0, 1, *COUNTS)
 DYNAMIC = {"x": {0: torch.export.Dim("tokens")}}
 

@@ -19,10 +19,10 @@ namespace moe {
 
 MOE_FN double exp_(double x) { return exp(x); }
 
-// exp(x) for x clamped to [-87, 88], within 2 ulp: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2/2, and 2^n put into
-// the exponent. Exponents below -87 stay at exp(-87) = 1.6e-38. Free of branches and calls, so that a loop over it becomes vector code on the host.
-MOE_FN float exp_(float x) {
-  x = x < -87.0f ? -87.0f : x;
+// exp(x) within 2 ulp for x in [-87, 88]: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2/2, and 2^n put into the exponent.
+// Below that it is 0, above infinity. Free of branches and calls, so that a loop over it becomes vector code on the host.
+MOE_FN float exp_(float argument) {
+  float x = argument < -87.0f ? -87.0f : argument;
   x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const float n = shifted - 12582912.0f;
@@ -39,10 +39,11 @@ MOE_FN float exp_(float x) {
   scale = (bits + 127u) << 23;
   float two_n;
   memcpy(&two_n, &scale, 4);
-  return p * two_n;
+  const float small = argument < -87.0f ? 0.0f : p * two_n;
+  return argument > 88.0f ? INFINITY : small;
 }
 
-// sigmoid(x) and 1 - sigmoid(x), both without cancellation.
+// sigmoid(x) and 1 - sigmoid(x), both without cancellation, and without inf * 0 where exp(-x) overflows.
 template <class A>
 struct Sigmoid {
   A value, rest;
@@ -50,7 +51,7 @@ struct Sigmoid {
 template <class A>
 MOE_FN Sigmoid<A> sigmoid_(A x) {
   const A e = exp_(-x), s = A(1) / (A(1) + e);
-  return {s, e * s};
+  return {s, e > A(1) ? A(1) - s : e * s};
 }
 
 // act(g) and its derivative. One specialisation per ActivationKind.
@@ -75,9 +76,9 @@ MOE_FN ValueAndSlope<A> activate(A g, A alpha) {
     const Sigmoid<A> s = sigmoid_(k * (g + A(0.044715) * g * g * g));
     return {g * s.value, s.value + g * s.value * s.rest * k * (A(1) + A(0.134145) * g * g)};
   } else if constexpr (kind == ActivationKind::kRelu) {
-    return {g > A(0) ? g : A(0), g > A(0) ? A(1) : A(0)};
+    return {g <= A(0) ? A(0) : g, g <= A(0) ? A(0) : A(1)};  // NaN stays NaN
   } else {
-    const A r = g > A(0) ? g : A(0);
+    const A r = g <= A(0) ? A(0) : g;
     return {r * r, A(2) * r};
   }
 }

@@ -14,10 +14,14 @@ struct Type {
 template <class Types, class F>
 Status visit_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(Type<typename Types::Float64>{});
-    case DType::kFloat32: return f(Type<typename Types::Float32>{});
-    case DType::kBFloat16: return f(Type<typename Types::BFloat16>{});
-    case DType::kFloat16: return f(Type<typename Types::Float16>{});
+    case DType::kFloat64:
+      return f(Type<typename Types::Float64>{});
+    case DType::kFloat32:
+      return f(Type<typename Types::Float32>{});
+    case DType::kBFloat16:
+      return f(Type<typename Types::BFloat16>{});
+    case DType::kFloat16:
+      return f(Type<typename Types::Float16>{});
   }
   return Status::kUnsupportedDtype;
 }

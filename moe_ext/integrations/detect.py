@@ -25,6 +25,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: float32, and above what a constant written with ten digits makes (the tanh forms of GELU differ by 4e-12).
 SAME_FUNCTION = 2.0**-34
 
+#: The attribute of a block that holds the forward we gave it.
+OUR_FORWARD = "_moe_ext_forward"
+
 #: gate, up and down projection of one expert, by the names that model code uses.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -291,7 +294,9 @@ def _other(name: str, module: nn.Module) -> Found | None:
 def replaced_forward(module: nn.Module) -> str | None:
     """The reason not to touch a module whose forward was replaced on the instance: hooks of accelerate, patches of others."""
     forward = module.__dict__.get("forward")
-    if forward is None or getattr(forward, "__func__", None) is type(module).forward or hasattr(forward, "moe_ext_block"):
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    if OUR_FORWARD in module.__dict__:  # ours, or a wrapper put around ours
         return None
     by = getattr(forward, "__qualname__", type(forward).__name__)
     return f"its forward was replaced on the instance (by {by} of {getattr(forward, '__module__', 'unknown origin')})"
@@ -310,7 +315,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     random state are afterwards what they were. Gradients are on, autocast is off.
     """
     modules = list(module.modules())
-    hooks = [(m, {name: m.__dict__[name] for name in _HOOKS if name in m.__dict__}) for m in modules]
+    hooks = [(m, {name: m.__dict__[name] for name in _HOOKS if m.__dict__.get(name)}) for m in modules]
+    hooks = [(m, saved) for m, saved in hooks if saved]
     training = [m.training for m in modules]
     buffers = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None and not b.is_meta]
     devices = {p.device for p in module.parameters() if p.is_cuda}
@@ -329,7 +335,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for m, saved in hooks:
                 m.__dict__.update(saved)
             for m, mode in zip(modules, training, strict=True):
-                m.training = mode
+                m.__dict__["training"] = mode  # what setting it does, without a look for a submodule of that name
             for m, n, buffer, value in buffers:
                 m._buffers[n] = buffer
                 if not torch.equal(buffer, value):

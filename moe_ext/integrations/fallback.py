@@ -17,6 +17,10 @@ def disabled_by_environment() -> bool:
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def log_once(message: str) -> None:
     if not torch.compiler.is_compiling():
         _log_once(message)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..experts import ExpertSpec, ExpertWeights
-from .fallback import DISABLE_VARIABLE, disabled_by_environment, log_once
-
-_FORWARD = "_moe_ext_forward"
+from .detect import OUR_FORWARD
+from .fallback import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
 
 
 class BlockForward:
@@ -117,7 +116,7 @@ def _unusable(tensors: list[Any], hidden_states: Tensor | None) -> str | None:
     if like is None:
         return "a weight is missing"
     device, dtype = like.device, like.dtype
-    any_dtype = torch.is_autocast_enabled(device.type)
+    any_dtype = autocast_is_on(device)
     for t in tensors:
         if t is None:
             return "a weight is missing or is computed by a parametrization"
@@ -129,7 +128,7 @@ def _unusable(tensors: list[Any], hidden_states: Tensor | None) -> str | None:
 # ------------------------------------------------------------------------------------------------------------------------ patching
 def forward_of(block: nn.Module) -> BlockForward | None:
     """The forward that `apply` gave this block, also when something else has been wrapped around it since."""
-    return block.__dict__.get(_FORWARD)
+    return block.__dict__.get(OUR_FORWARD)
 
 
 def is_enabled(block: nn.Module) -> bool:
@@ -143,7 +142,7 @@ def apply(block: nn.Module, forward: BlockForward) -> None:
     if ours is not None:
         ours.__dict__.update(forward.__dict__)
         return
-    block.__dict__[_FORWARD] = block.__dict__["forward"] = forward
+    block.__dict__[OUR_FORWARD] = block.__dict__["forward"] = forward
 
 
 def revert(block: nn.Module) -> bool:
@@ -153,5 +152,5 @@ def revert(block: nn.Module) -> bool:
         return False
     was_active, ours.active = ours.active, False
     if block.__dict__.get("forward") is ours:
-        del block.__dict__["forward"], block.__dict__[_FORWARD]
+        del block.__dict__["forward"], block.__dict__[OUR_FORWARD]
     return was_active

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import functional
 from ..experts import ExpertSpec, ExpertWeights
 from . import detect, versions
-from .fallback import DISABLE_VARIABLE, disabled_by_environment, log_once
+from .fallback import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
 
 #: The name in transformers' registry of experts implementations.
 IMPLEMENTATION = "moe_ext"
@@ -152,7 +152,7 @@ def _plan_on_first_use(module: nn.Module) -> StackedPlan:
 
 
 def _unusable(weights: ExpertWeights, hidden_states: Tensor) -> str | None:
-    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    autocast = autocast_is_on(hidden_states.device)
     for t in weights.tensors():
         if is_traceable_wrapper_subclass(t):
             return f"a weight is a {type(t).__name__}, not a plain tensor"

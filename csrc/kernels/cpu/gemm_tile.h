@@ -21,7 +21,7 @@ constexpr int64_t kBlockN = 128;  // a packed block of B fits a second-level cac
 
 // Neighbouring panels are kept from mapping to the same cache sets.
 template <class A>
-constexpr int64_t kPanelSize = kBlockK* kTileN<A> + 64 / static_cast<int64_t>(sizeof(A));
+constexpr int64_t kPanelSize = kBlockK * kTileN<A> + 64 / static_cast<int64_t>(sizeof(A));
 template <class A>
 constexpr int64_t kPackedBlockSize = (kBlockN + kTileN<A> - 1) / kTileN<A> * kPanelSize<A>;
 
@@ -98,19 +98,31 @@ inline void tile_rows(int64_t depth, const A* a, const T* b, int64_t ldb, A* c, 
 template <class A, class T>
 void tile(int64_t rows, int64_t depth, const A* a, const T* b, int64_t ldb, A* c, int64_t ldc, bool accumulate, Prefetch* next = nullptr) {
   switch (rows) {
-    case 1: return tile_rows<1>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 2: return tile_rows<2>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 3: return tile_rows<3>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 4: return tile_rows<4>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 5: return tile_rows<5>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 6: return tile_rows<6>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 1:
+      return tile_rows<1>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 2:
+      return tile_rows<2>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 3:
+      return tile_rows<3>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 4:
+      return tile_rows<4>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 5:
+      return tile_rows<5>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 6:
+      return tile_rows<6>(depth, a, b, ldb, c, ldc, accumulate, next);
 #if defined(__AVX512F__)
-    case 7: return tile_rows<7>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 8: return tile_rows<8>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 9: return tile_rows<9>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 10: return tile_rows<10>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 11: return tile_rows<11>(depth, a, b, ldb, c, ldc, accumulate, next);
-    case 12: return tile_rows<12>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 7:
+      return tile_rows<7>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 8:
+      return tile_rows<8>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 9:
+      return tile_rows<9>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 10:
+      return tile_rows<10>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 11:
+      return tile_rows<11>(depth, a, b, ldb, c, ldc, accumulate, next);
+    case 12:
+      return tile_rows<12>(depth, a, b, ldb, c, ldc, accumulate, next);
 #endif
   }
 }

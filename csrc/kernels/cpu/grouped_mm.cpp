@@ -1,5 +1,5 @@
-// grouped_mm: out[r, :] = x[r, :] @ weight[e]^T + bias[e] for the rows r of each expert e; rounded once, after the bias.
-// The weights are read where they are, once per segment of at most kSegmentRows rows of one expert. By rows per segment:
+// grouped_mm: out[r, :] = x[r, :] @ weight[e]^T + bias[e] for the rows r of each expert e; rounded once, after the bias
+// (and after adding what out held, when asked to accumulate). The weights are read where they are, once per segment of at most kSegmentRows rows of one expert. By rows per segment:
 //   dot     few rows, K-contiguous weights: registers accumulate along k, four weight rows at a time stream past all rows of x
 //   direct  few rows, N-contiguous weights: a few weight rows at a time are added into accumulators of a whole block of outputs
 //   packed  the rest: blocks of weights are widened (and transposed) into the second-level cache, then multiplied tile by tile
@@ -16,11 +16,11 @@ constexpr int64_t kSegmentRows = 96;
 template <class T>
 constexpr int64_t kDotRows = 8;
 template <class T>
-constexpr int64_t kDirectRows = sizeof(T) == 2 ? 8 : 12;
+constexpr int64_t kDirectRows = sizeof(T) == 2 ? 10 : 16;
 template <class T>
 constexpr int64_t kDotDepth = 2048 / static_cast<int64_t>(sizeof(T));
-constexpr int64_t kDirectDepth = 8;
-constexpr int64_t kDirectBlockN = 512;
+constexpr int64_t kDirectDepth = 16;
+constexpr int64_t kDirectBlockN = 2048;
 
 struct Segment {
   int64_t expert, begin, rows;
@@ -74,15 +74,13 @@ struct Work {
   const T* weight() const { return static_cast<const T*>(at(p.weight, segment.expert, sizeof(T))); }
 
   // Accumulators of rows [0, segment.rows) and columns [n, n + columns), row stride ldc -> out, with the bias.
-  void write(int64_t n, int64_t columns, const A* sums, int64_t ldc) const {
+  void write(int64_t n, int64_t columns, A* sums, int64_t ldc) const {
     const T* bias = p.bias ? static_cast<const T*>(at(p.bias, segment.expert, sizeof(T))) + n : nullptr;
     for (int64_t i = 0; i < segment.rows; ++i, sums += ldc) {
       T* out = static_cast<T*>(p.out) + (segment.begin + i) * p.out_stride + n;
-      if (bias) {
-        for (int64_t j = 0; j < columns; ++j) out[j] = from_acc<T>(sums[j] + to_acc(bias[j]));
-      } else {
-        for (int64_t j = 0; j < columns; ++j) out[j] = from_acc<T>(sums[j]);
-      }
+      for (int64_t j = 0; bias && j < columns; ++j) sums[j] += to_acc(bias[j]);
+      for (int64_t j = 0; p.accumulate && j < columns; ++j) sums[j] += to_acc(out[j]);
+      for (int64_t j = 0; j < columns; ++j) out[j] = from_acc<T>(sums[j]);
     }
   }
 
@@ -265,12 +263,17 @@ Status run(const GroupedMmParams& p, const Launch& launch) {
   const ThreadMemory memory = thread_memory(p);
   char* threads = static_cast<char*>(launch.workspace) + round_up_64(max_segments(p) * static_cast<int64_t>(sizeof(Segment)));
   // Enough tasks to balance the threads; a segment is cut by columns only when there are few.
-  const int64_t wanted = launch.num_threads == 1 ? 1 : divide_up(16 * launch.num_threads, max_of(count, 1));
+  const int64_t wanted = launch.num_threads == 1 ? 1 : divide_up(8 * launch.num_threads, max_of(count, 1));
   const int64_t columns = divide_up(divide_up(p.N, min_of(wanted, divide_up(p.N, 32))), 32) * 32, parts = divide_up(p.N, columns);
   for_each_task(launch, count * parts, [&](int64_t task, int thread) {
     const int64_t n0 = task % parts * columns;
     char* mine = threads + thread * memory.total();
-    const Work<T> work{p,  segments[task / parts], n0, min_of(n0 + columns, p.N), reinterpret_cast<A*>(mine), reinterpret_cast<A*>(mine + memory.a),
+    const Work<T> work{p,
+                       segments[task / parts],
+                       n0,
+                       min_of(n0 + columns, p.N),
+                       reinterpret_cast<A*>(mine),
+                       reinterpret_cast<A*>(mine + memory.a),
                        reinterpret_cast<A*>(mine + memory.a + memory.b)};
     const int64_t rows = work.segment.rows;
     if (p.weight.stride_k == 1 && rows <= kDotRows<T>) return run_dot(work);

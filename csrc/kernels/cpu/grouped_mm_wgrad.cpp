@@ -55,8 +55,7 @@ struct WgradBlock {
   int64_t expert, m0, n0, rows, columns;  // rows x columns of out[expert]
   A *a, *b, *c;
 
-  // Rows [r0, r0 + depth) of a, columns [m0, m0 + rows), as tiles [k][rows of the tile]. Rows of b may be scattered, so they
-  // are gathered to panels one at a time.
+  // Rows [r0, r0 + depth) of a, columns [m0, m0 + rows), as tiles [k][rows of the tile].
   void pack_a(const TileRows& tiles, int64_t r0, int64_t depth) const {
     for (int64_t k = 0; k < depth; ++k) {
       const T* source = row_of<T>(p.a, r0 + k) + m0;

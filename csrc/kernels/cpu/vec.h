@@ -65,7 +65,8 @@ inline typename VecType<acc_t<T>, N * sizeof(acc_t<T>)>::type load_lanes(const T
     return reinterpret_cast<V>(widen_bits<N>(p) << 16);
   } else {
 #if defined(__F16C__)
-    if constexpr (N == 4) return reinterpret_cast<V>(_mm_cvtph_ps(_mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(p)))));
+    if constexpr (N == 4)
+      return reinterpret_cast<V>(_mm_cvtph_ps(_mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(p)))));
     if constexpr (N == 8) return reinterpret_cast<V>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
 #if defined(__AVX512F__)
     if constexpr (N == 16) return reinterpret_cast<V>(_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)));

@@ -1,0 +1,110 @@
+"""Blocks of transformers 4.57 with one module per expert: what they compute, what they return, and when they are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import BOTH, build, expert_blocks, in_float64, logits_and_gradients, needs_tf4, tokens
+from torch import nn
+
+import moe_ext
+from moe_ext.integrations import module_list
+from moe_ext.testing import assert_accurate
+
+pytestmark = [pytest.mark.tf4, needs_tf4]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("family", BOTH)
+def test_whole_model_obeys_the_error_rule_and_comes_back(family: str, training: bool) -> None:
+    model = build(family).train(training)
+    ids = tokens()
+    plain, truth = logits_and_gradients(model, ids), logits_and_gradients(in_float64(model), ids)
+    report = moe_ext.enable(model, strict=True)
+    assert report.enabled_count == 2 and {b.path for b in report.blocks} == {"fused"}
+    new = logits_and_gradients(model, ids)
+    for name in truth:
+        assert_accurate(new[name], plain[name], truth[name], name)
+    assert moe_ext.disable(model) == 2
+    again = logits_and_gradients(model, ids)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+    assert not any("forward" in block.__dict__ for block in expert_blocks(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", BOTH)
+def test_every_dtype_is_proven(family: str, dtype: torch.dtype) -> None:
+    assert moe_ext.enable(build(family, dtype), strict=True).enabled_count == 2
+
+
+def test_weights_are_used_where_they_are() -> None:
+    block = expert_blocks(build("qwen3_moe"))[0]
+    weights = module_list.read_weights(block, ("gate_proj", "up_proj", "down_proj"))
+    assert weights.gate_proj[3] is block.experts[3].gate_proj.weight
+    assert weights.down_proj[7] is block.experts[7].down_proj.weight
+    assert weights.up_bias is None
+
+
+def test_biases_are_applied() -> None:
+    model = build("qwen3_moe")
+    for block in expert_blocks(model):
+        for expert in block.experts:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                old = getattr(expert, name)
+                new = nn.Linear(old.in_features, old.out_features, bias=True)
+                nn.init.normal_(new.bias)
+                setattr(expert, name, new)
+    ids = tokens()
+    plain, truth = logits_and_gradients(model, ids), logits_and_gradients(in_float64(model), ids)
+    moe_ext.enable(model, strict=True)
+    new = logits_and_gradients(model, ids)
+    for name in truth:
+        assert_accurate(new[name], plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_other_blocks_are_listed_with_the_reason(family: str) -> None:
+    with pytest.raises(moe_ext.NoExpertsFound, match="shared_expert|not a linear layer"):
+        moe_ext.enable(build(family))
+
+
+def test_prove_rejects_a_block_that_computes_something_else() -> None:
+    """The structure fits, the arithmetic does not: only running it can tell."""
+    model = build("mixtral")
+    block = expert_blocks(model)[0]
+    kind = type(block)
+
+    class Scaled(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor):
+            out, logits = super().forward(hidden_states)
+            return out * 1.001, logits
+
+    block.__class__ = Scaled
+    report = moe_ext.enable(model)
+    assert [b.enabled for b in report.blocks] == [False, True]
+    assert "formula is another than the one detected" in report.blocks[0].reason and "ratio" in report.blocks[0].reason
+
+
+def test_output_contract_of_a_block_that_returns_a_tensor() -> None:
+    model = build("olmoe")
+    blocks = expert_blocks(model)
+    kind = type(blocks[0])
+
+    class Plain(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states)[0]
+
+    blocks[0].__class__ = Plain
+    assert moe_ext.enable(blocks[0], strict=True).enabled_count == 1
+    assert isinstance(blocks[0](torch.randn(1, 3, 32)), torch.Tensor)
+
+
+def test_more_arguments_and_the_environment_switch_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = expert_blocks(build("olmoe"))[0]
+    x = torch.randn(2, 3, 32)
+    before = block(x)[0]
+    moe_ext.enable(block)
+    with pytest.raises(TypeError):
+        block(x, 1)
+    monkeypatch.setenv("MOE_EXT_DISABLE", "1")
+    assert torch.equal(block(x)[0], before)
