@@ -77,7 +77,22 @@ def step(experts: Experts, parameters: list[nn.Parameter], mode: str, inputs: tu
     return train
 
 
-def candidates(layer: Layer, mode: str, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Candidate]:
+def probe_seconds(probe: Candidate) -> float:
+    return (measure([probe], seconds=0, longest=float("inf"), rounds=(1, 1))[probe.name].median or 0.0) / 1e3
+
+
+def extrapolate(past: list[tuple[int, Timing]], tokens: int) -> float:
+    """Seconds for `tokens`, on the line through two measurements."""
+    (t0, a), (t1, b) = past
+    first, second = a.median or 0.0, b.median or 0.0
+    return (second + (tokens - t1) * max(second - first, 0.0) / (t1 - t0)) / 1e3
+
+
+History = dict[str, list[tuple[int, Timing]]]
+
+
+def candidates(layer: Layer, mode: str, inputs: tuple[Tensor, Tensor, Tensor], history: History) -> list[Candidate]:
+    """history: what each candidate took for fewer tokens, so that a call of minutes is not begun."""
     functions, missing = layer.functions()
     tokens, index = inputs[0].shape[0], inputs[1]
     found = [Candidate(name, lambda: None, skip=missing) for name in TRANSFORMERS if missing]
@@ -86,15 +101,17 @@ def candidates(layer: Layer, mode: str, inputs: tuple[Tensor, Tensor, Tensor]) -
         if name == "batched_mm" and tokens > BATCHED_MM_TOKENS:
             copied = layer.shape.bytes_read(tokens * layer.shape.K, layer.dtype) / 1e9
             candidate.skip = f"copies the weights of every slot, {copied:.1f} GB"
+        for fewer, timing in history.get(name, []):
+            if timing.skipped and not candidate.skip:
+                candidate.skip = f"skipped at T={fewer} already: {timing.skipped}"
+        if len(history.get(name, [])) >= 2:
+            candidate.estimate = lambda past=history[name][-2:]: extrapolate(past, tokens)
         if name == "eager" and mode == "full":
             # Each expert with tokens makes a gradient as large as the whole stack: one such expert is timed, and multiplied.
             one = (inputs[0], torch.zeros_like(index), inputs[2])
             probe, hit = Candidate(name, step(experts, parameters, mode, one)), index.unique().numel()
 
-            def estimate(probe: Candidate = probe, hit: int = hit) -> float:
-                return hit * (measure([probe], seconds=0, longest=60, rounds=(1, 1))[probe.name].median or 0.0) / 1e3
-
-            candidate.estimate = estimate
+            candidate.estimate = lambda probe=probe, hit=hit: hit * probe_seconds(probe)
         found.append(candidate)
     return found
 
@@ -112,7 +129,8 @@ def run_layer(layer: Layer, args: argparse.Namespace, threads: int) -> list[dict
     for mode in args.modes:
         for parameter in (*layer.stacked, *layer.listed):
             parameter.requires_grad_(mode == "full")
-        for tokens in args.tokens:
+        history: History = {}
+        for tokens in sorted(set(args.tokens)):
             index, w = routing(shape, tokens, args.routing)
             inputs = (torch.randn(tokens, shape.H).to(layer.dtype), index, w.to(layer.dtype))
             row = {
@@ -120,9 +138,12 @@ def run_layer(layer: Layer, args: argparse.Namespace, threads: int) -> list[dict
                 "threads": threads, "gflop": shape.flops(tokens, mode) / 1e9,
                 "weights_read_gb": shape.bytes_read(index.unique().numel(), layer.dtype) / 1e9,
                 "difference": differences(layer, inputs),
-                "ms": measure(candidates(layer, mode, inputs), args.seconds, args.longest),
+                "ms": measure(candidates(layer, mode, inputs, history), args.seconds, args.longest),
             }  # fmt: skip
             rows.append(row)
+            for name, timing in row["ms"].items():
+                if name != "batched_mm":  # its limit is the memory
+                    history.setdefault(name, []).append((tokens, timing))
             gc.collect()
             print(" ", *table_row(row), sep="  ", flush=True)
     return rows
@@ -161,11 +182,12 @@ def report(data: dict[str, Any]) -> str:
         "# grouped_forward\n",
         f"{m['cpu']}, {m['cores']} cores ({', '.join(m['instruction_sets'])}), {m['memory_gib']} GiB; torch {m['torch']}, "
         f"transformers {m['transformers']}; routing {data['routing']}.",
-        "Milliseconds: median [20th-80th percentile] of calls that take turns. Ratios above 1: moe_ext is faster than the best peer.\n",
+        "Milliseconds: median [20th-80th percentile] of calls that take turns. Ratios above 1: moe_ext is faster than the best peer. "
+        f"In mode full the {LOOP} makes gradients for experts with tokens only, all others for every expert.\n",
         markdown_table(HEADER, [table_row(row) for row in rows]),
         "What the machine gives at best:\n",
         markdown_table(
-            ("dtype", "threads", "torch.mm 2048^3, GFLOP/s", "read, GB/s", "copy, GB/s moved"),
+            ("dtype", "threads", "x @ w.T 2048^3, GFLOP/s", "read, GB/s", "copy, GB/s moved"),
             [
                 (c["dtype"], c["threads"], *(f"{c[k]:.1f}" for k in ("mm_gflops", "read_gb_per_s", "copy_gb_per_s")))
                 for c in data["ceilings"]

@@ -181,6 +181,9 @@ def as_text(report: Report) -> str:
     sections.append(("libraries", libraries))
     if report["build"]:
         build = {k.replace("_", " "): ", ".join(v) if isinstance(v, list) else v for k, v in report["build"].items()}
+        if "torch target" in build:  # TORCH_TARGET_VERSION: one byte each for major and minor, on top
+            target = int(build["torch target"].rstrip("UL"), 16)
+            build["torch target"] = f"{target >> 56}.{target >> 48 & 255}, the oldest torch it runs in"
         sections.append(("build", {k: v or "none" for k, v in build.items()}))
     p, k = report["processor"], report["cpu_kernels"]
     processor = {

@@ -120,7 +120,9 @@ def _examine(model: nn.Module) -> list[_Candidate]:
 
 def _reject_shared_configs(candidates: list[_Candidate]) -> None:
     """Experts with a registry of their own do not know our name: where they share a config with others, none can be switched."""
-    foreign = {id(c.found.module.config): c for c in candidates if c.found.kind == "stacked" and not stacked.can_share_config(c.found.module)}
+    foreign = {
+        id(c.found.module.config): c for c in candidates if c.found.kind == "stacked" and not stacked.can_share_config(c.found.module)
+    }
     for c in candidates:
         if c.found.kind == "stacked" and c.found.formula is not None and id(c.found.module.config) in foreign:
             other = foreign[id(c.found.module.config)].found.name

@@ -29,6 +29,9 @@ TOKENS, NUMBERS = 32, 4096
 ACTIVE_EXPERTS = 3
 
 
+_Compute = Callable[..., Tensor]
+
+
 @dataclass
 class Proof:
     """`reason` is None for a proof that holds; `figures` are the errors of the new path by quantity."""
@@ -107,11 +110,13 @@ def prove_stacked(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
         inner = weights.gate_up_proj.shape[2 if spec.transposed else 1]
         x, index, w, grad = _tokens(_count(inner), hidden, len(experts), down)
         some = ExpertWeights(**{name: t[experts] for name, t in vars(weights).items() if t is not None})
+        smooth = _away_from_kinks(x, some, spec)
+        x, index, w, grad = (t[smooth] for t in (x, index, w, grad))
         names = [name for name, t in vars(some).items() if t is not None]
         trainable = any(t.requires_grad for t in stacked.read_weights(module).tensors())
         everywhere = torch.tensor(experts, device=down.device)[index]
 
-        def by_formula(dtype: torch.dtype, compute: Callable[..., Tensor] = reference.grouped_experts) -> _Results:
+        def by_formula(dtype: torch.dtype, compute: _Compute = reference.grouped_experts) -> _Results:
             leaf = ExpertWeights(**{name: getattr(some, name).to(dtype).clone().requires_grad_(trainable) for name in names})
             inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w)]
             out = compute(inputs[0], index, inputs[1], leaf, spec)
@@ -120,14 +125,14 @@ def prove_stacked(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
             called = ["hidden_states", "top_k_weights", *(names if trainable else [])]
             return result.add([f"gradient of {name}" for name in called], _gradients(out, wanted, grad))
 
-        def by_module(compute: Callable[..., Tensor]) -> _Results:
+        def by_module(compute: _Compute) -> _Results:
             inputs = [t.clone().requires_grad_() for t in (x, w)]
             out = compute(inputs[0], everywhere, inputs[1])
             return _Results({"output": out}).add(["gradient of hidden_states", "gradient of top_k_weights"], _gradients(out, inputs, grad))
 
         with _frozen(module):
             old = by_module(lambda *args: stacked.run_implementation(module, None, *args))
-        new = by_module(lambda *args: functional.grouped_experts(*args, weights, spec))
+        new = by_module(lambda *args: functional.grouped_experts(args[0], args[1], args[2], weights, spec))
         plain, truth = by_formula(down.dtype), by_formula(torch.float64)
         if trainable:
             new = _Results(by_formula(down.dtype, functional.grouped_experts).values | new.values)
@@ -149,6 +154,29 @@ def _tokens(tokens: int, hidden: int, experts: int, like: Tensor) -> tuple[Tenso
     top_k = min(2, experts)
     weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64, device="cpu")
     return normal(tokens, hidden), order[:, :top_k].to(like.device), weights.to(like.device, like.dtype), normal(tokens, hidden)
+
+
+def _away_from_kinks(x: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
+    """The tokens `[T]` whose pre-activations keep off the places where the activation's derivative jumps: clamps, and zero for relu.
+
+    There the derivative is whatever the rounding makes it, in every implementation. All tokens, where none keeps off.
+    """
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    if spec.gate_fn is not None or (spec.limit is None and spec.activation != "relu"):
+        return kept
+    for e in range(weights.num_experts):
+        part = {name: None if t is None else t.double() for name, t in weights.expert(e, spec).items()}
+        for name in ("gate", "up"):
+            if (weight := part[name]) is None:
+                continue
+            value = F.linear(x.double(), weight, part[f"{name}_bias"])
+            # Two roundings of the value, as by a product and a bias that is added to it, and as much again.
+            near = 2 * torch.finfo(x.dtype).eps * value.abs().clamp(min=1.0)
+            kinks = [0.0] if spec.activation == "relu" else []
+            kinks += [] if spec.limit is None else [spec.limit] if name == "gate" else [spec.limit, -spec.limit]
+            for kink in kinks:
+                kept &= ((value - kink).abs() > near).all(dim=1)
+    return kept if bool(kept.any()) else ~kept
 
 
 def _detached(weights: ExpertWeights) -> ExpertWeights:
@@ -193,8 +221,8 @@ def returns_logits(block: nn.Module) -> bool:
 
 
 def prove_module_list(block: nn.Module, forward: module_list.BlockForward) -> Proof:
-    """Whole blocks, in training with gradients and in evaluation without: output, router logits, gradients of the input, of the
-    gate and of the first active experts. Both ways must draw the same random numbers and give the same router logits.
+    """Whole blocks, in training with gradients and in evaluation without: output, router logits, gradients of the input, of
+    the router logits and of the busiest experts. Both ways must draw the same random numbers and give the same router logits.
     """
     weights = module_list.read_weights(block, forward.projections)
     assert isinstance(weights, ExpertWeights)
@@ -212,7 +240,7 @@ def prove_module_list(block: nn.Module, forward: module_list.BlockForward) -> Pr
 def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: ExpertWeights, training: bool) -> Proof:
     first = weights.tensors()[0]
     dtype, hidden = first.dtype, weights.up_proj[0].shape[1]  # type: ignore[index]
-    x, grad, grad_logits = _related_tokens(hidden, weights.num_experts, first)
+    x, grad = _related_tokens(hidden, first)
     with _same_random():
         index = module_list.route(block, x)[3]
     with _same_random():
@@ -225,10 +253,10 @@ def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: Ex
         out, logits = out if isinstance(out, tuple) else (out, None)
         result = _Results({"output": out} | ({} if logits is None else {"router logits": logits}))
         if training:
-            total = (out * grad).sum() + (0 if logits is None else (logits * grad_logits).sum())
-            grads = torch.autograd.grad(total, [leaf, *leaves], allow_unused=True)
-            result.add(["gradient of hidden_states"], grads[:1])
-            for kind, found in _by_kind(names, leaves, grads[1:]).items():
+            routed = [] if logits is None else [logits]
+            grads = torch.autograd.grad(out, [leaf, *routed, *leaves], grad.to(out.dtype), allow_unused=True)
+            result.add(["gradient of hidden_states", "gradient of router logits"][: 1 + len(routed)], grads[: 1 + len(routed)])
+            for kind, found in _by_kind(names, leaves, grads[1 + len(routed) :]).items():
                 result.add([f"gradient of {kind}"], [torch.cat(found)])
         return result
 
@@ -240,16 +268,15 @@ def _prove_mode(block: nn.Module, forward: module_list.BlockForward, weights: Ex
 
     def by_formula(dtype: torch.dtype) -> _Results:
         leaves = [p.detach().to(dtype).clone().requires_grad_() for p in _parameters(block, names)]
-        given = dict(zip(names, leaves, strict=True))
         exact = dtype == torch.float64 and dtype != first.dtype
-        gate = {n: given.get(f"gate.{n}", p.detach().to(dtype)) for n, p in block.gate.named_parameters()}
+        gate = {n: p.detach().to(dtype) for n, p in block.gate.named_parameters()}
 
         def compute(leaf: Tensor) -> Any:
             jittered = (leaf if noise is None else leaf * noise.to(dtype)).reshape(-1, hidden)
             logits = torch.func.functional_call(block.gate, gate, (jittered,))
             w = F.softmax(logits, dim=-1, dtype=torch.float64 if exact else torch.float).gather(-1, index)
             w = w / w.sum(dim=-1, keepdim=True) if getattr(block, "norm_topk_prob", True) else w
-            some = _with_leaves(block, weights, forward.projections, given)
+            some = _with_leaves(weights, {id(p): leaf for p, leaf in zip(_parameters(block, names), leaves, strict=True)})
             out = reference.grouped_experts(jittered, index, w.to(dtype), some, forward.spec).reshape(leaf.shape)
             return (out, logits) if forward.returns_logits else out
 
@@ -277,10 +304,8 @@ def _same_random() -> Iterator[None]:
         yield
 
 
-def _related_tokens(hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states and a gradient `[2,T/2,H]`, a gradient of the logits `[T,E]`. The tokens of a row are alike, so that the router
-    sends them to few experts.
-    """
+def _related_tokens(hidden: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden_states and a gradient, `[2,T/2,H]`. The tokens of a row are alike, so that the router sends them to few experts."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -288,26 +313,29 @@ def _related_tokens(hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Te
 
     tokens = _count(like.shape[0])
     x = normal(2, 1, hidden) + 0.25 * normal(2, tokens // 2, hidden)
-    return tuple(t.to(like.device, like.dtype) for t in (x, normal(*x.shape), normal(x.shape[0] * x.shape[1], experts)))  # type: ignore[return-value]
+    return x.to(like.device, like.dtype), normal(*x.shape).to(like.device, like.dtype)
 
 
 def _by_kind(names: Sequence[str], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> dict[str, list[Tensor]]:
     """Flat gradients by the name of the parameter without its expert: together they are judged, since one expert has few tokens."""
     found: dict[str, list[Tensor]] = {}
     for name, leaf, grad in zip(names, leaves, grads, strict=True):
-        kind = name.split(".", 2)[2] if name.startswith("experts.") else name
+        kind = name.split(".", 2)[2]
         found.setdefault(kind, []).append((torch.zeros_like(leaf) if grad is None else grad).flatten())
     return found
 
 
 def _trainable_names(block: nn.Module, index: Tensor, projections: tuple[str, str, str]) -> list[str]:
-    """Parameters whose gradients are proven: of the gate, and of the experts with the most tokens; those that need gradients."""
-    names = [f"gate.{name}" for name, _ in block.gate.named_parameters()]
+    """Parameters whose gradients are proven: of the experts with the most tokens, where they need gradients. The gate is not
+    replaced: the gradient of its logits is what it gets from us.
+    """
+    names: list[str] = []
     busiest = torch.bincount(index.flatten(), minlength=len(block.experts)).argsort(descending=True, stable=True)
     for e in busiest[:ACTIVE_EXPERTS].tolist():
         names += [f"experts.{e}.{p}.{kind}" for p in projections for kind in ("weight", "bias")]
     known = dict(block.named_parameters(remove_duplicate=False))
-    return [name for name in names if name in known and known[name].requires_grad]
+    first = {id(known[name]): name for name in reversed(names) if name in known and known[name].requires_grad}
+    return [name for name in names if name in first.values()]
 
 
 def _owner(block: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -319,15 +347,8 @@ def _parameters(block: nn.Module, names: Sequence[str]) -> list[Tensor]:
     return [block.get_parameter(name) for name in names]
 
 
-def _with_leaves(block: nn.Module, weights: ExpertWeights, projections: tuple[str, str, str], leaves: dict[str, Tensor]) -> ExpertWeights:
-    """`weights` detached, with the given leaves in the places that their names say."""
-
-    def pick(kind: str, at: int, tensors: Any) -> Any:
-        if tensors is None:
-            return None
-        return [leaves.get(f"experts.{e}.{projections[at]}.{kind}", t.detach()) for e, t in enumerate(tensors)]
-
+def _with_leaves(weights: ExpertWeights, leaves: dict[int, Tensor]) -> ExpertWeights:
+    """`weights` detached, with a leaf in each place where the tensor of its key, an `id`, is: experts may share theirs."""
     return ExpertWeights(
-        gate_proj=pick("weight", 0, weights.gate_proj), up_proj=pick("weight", 1, weights.up_proj), down_proj=pick("weight", 2, weights.down_proj),
-        gate_bias=pick("bias", 0, weights.gate_bias), up_bias=pick("bias", 1, weights.up_bias), down_bias=pick("bias", 2, weights.down_bias),
-    )  # fmt: skip
+        **{name: [leaves.get(id(t), t.detach()) for t in tensors] for name, tensors in vars(weights).items() if tensors is not None}
+    )

@@ -99,7 +99,8 @@ class EnableError(RuntimeError):
 
     def __init__(self, report: EnableReport) -> None:
         self.report = report
-        super().__init__(f"strict=True, and {len(report.skipped)} of {len(report.blocks)} expert blocks would be skipped; nothing was changed\n{report}")
+        count = f"{len(report.skipped)} of {len(report.blocks)} expert blocks"
+        super().__init__(f"strict=True, and {count} would be skipped; nothing was changed\n{report}")
 
 
 def _grouped(blocks: list[BlockReport]) -> list[tuple[str, BlockReport]]:
@@ -128,7 +129,7 @@ def _span(names: list[str]) -> str | None:
         return None
     numbers = [int(p[varying[0]]) for p in pieces]
     step = numbers[1] - numbers[0]
-    if step < 1 or any(b - a != step for a, b in zip(numbers, numbers[1:])):
+    if step < 1 or any(b - a != step for a, b in zip(numbers, numbers[1:], strict=False)):
         return None
     first = list(pieces[0])
     first[varying[0]] = f"{{{numbers[0]}-{numbers[-1]}{f' step {step}' if step > 1 else ''}}}"

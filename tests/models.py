@@ -32,16 +32,17 @@ CAUSAL_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 8, "intermediate_size": 24, "norm_topk_prob": False}),
     "gpt_oss": (
         "GptOss",
-        {"num_local_experts": 4, "intermediate_size": 32, "layer_types": ["full_attention"] * 2, "swiglu_limit": 1.0, "swiglu_alpha": 1.702},
+        {"num_local_experts": 4, "intermediate_size": 32, "layer_types": ["full_attention"] * 2, "swiglu_limit": 1.0},
     ),
     "deepseek_v3": (
         "DeepseekV3",
         {
-            "n_routed_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 48, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+            "n_routed_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 48, "n_group": 2, "topk_group": 1,
+            "first_k_dense_replace": 1,
             "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 2,
         },
     ),
-    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 24, "intermediate_size": 48, "shared_expert_intermediate_size": 16}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}),
     "llama": ("Llama", {"intermediate_size": 48}),
 }  # fmt: skip
 

@@ -161,7 +161,13 @@ def test_skipped_neighbour_keeps_its_implementation() -> None:
     assert [b.enabled for b in report.blocks] == [True, False]
     assert "not finite" in report.blocks[1].reason and report.blocks[1].path == "original"
     assert stacked.is_enabled(first) and not stacked.is_enabled(second)
-    assert torch.equal(second(torch.ones(3, 32), *routing(3, 8)), before, ) or before.isnan().all()
+    assert (
+        torch.equal(
+            second(torch.ones(3, 32), *routing(3, 8)),
+            before,
+        )
+        or before.isnan().all()
+    )
     with pytest.raises(moe_ext.EnableError, match="not finite") as error:
         moe_ext.disable(model)
         moe_ext.enable(model, strict=True)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from moe_ext import testing
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # torch.export, about itself
+]
 
 COUNTS = (16, 40, 200)
 ALL_COUNTS = (0, 1, *COUNTS)

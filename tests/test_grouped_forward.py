@@ -122,12 +122,11 @@ def test_every_layout_is_exact_on_whole_numbers(name: str, activation: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@layers
+# The others have too few numbers to compare two random errors.
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in ("no_tokens", "all_dropped", "single_token", "tiny_bias")])
 def test_composed_gradients_obey_the_error_rule(name: str) -> None:
     args, options = inputs(name, torch.bfloat16)
     double = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    if args[0].numel() == 0 or name in ("all_dropped", "single_token", "tiny_bias"):
-        pytest.skip("too few numbers to compare two random errors")
 
     def through(function: Callable[..., Tensor], values: tuple[Any, ...], **path: str) -> list[Tensor]:
         return _gradients(lambda *a: function(*a[:3], as_data(a, options)[1], as_data(a, options)[2], **path), values)
@@ -168,10 +167,6 @@ def test_gate_fn_and_post_norm_take_the_composed_path(is_list: bool) -> None:
 
 # ---- only what is needed
 SUBSETS = [s for n in range(7) for s in itertools.combinations(range(6), n)]
-
-
-def _projections_of(args: tuple[Any, ...]) -> int:
-    return sum(t.untyped_storage().nbytes() for t in args[3:] if isinstance(t, Tensor))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -376,7 +371,9 @@ def test_saved_shapes_do_not_depend_on_the_routing() -> None:
     shapes = []
     for kind in ("random", "one", "dropped", "sparse"):
         args, options = layer(ids=kind)(Maker(torch.float32, kind))
-        shapes.append([t.shape for t in saved_by(lambda args=args, options=options: fused(args[0].requires_grad_(), *args[1:], **options))[1]])
+        x = args[0].requires_grad_()
+        _, kept = saved_by(lambda x=x, rest=args[1:], options=options: fused(x, *rest, **options))
+        shapes.append([t.shape for t in kept])
     assert all(s == shapes[0] for s in shapes)
 
 
@@ -426,7 +423,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"down_bias": torch.zeros(E, H).bfloat16()}, "down_bias is bfloat16 but hidden_states is float32"),
     ({"activation": "swish"}, "activation='swish' is not known; choose one of silu, gelu, gelu_tanh, relu, relu2, swigluoai"),
     ({"gated": False, "limit": 1.0}, "limit=1 needs gated=True and a positive value"),
-    ({"transposed": True}, r"gate_up_proj has shape \[3, 10, 4\] with transposed=True: its experts take 10 inputs but hidden_states has H=4"),
+    ({"transposed": True}, r"\[3, 10, 4\] with transposed=True: its experts take 10 inputs but hidden_states has H=4"),
 ]
 
 
@@ -441,7 +438,7 @@ def test_errors_have_the_values_and_nothing_is_computed(change: dict[str, Any], 
     grown = []
 
     def call() -> None:
-        with pytest.raises(RuntimeError, match=f"moe::(grouped_forward|sort_by_expert): ({message})"):
+        with pytest.raises(RuntimeError, match=f"moe::(grouped_forward|sort_by_expert): .*({message})"):
             torch.ops.moe.grouped_forward(*args.values(), **options)
         grown.append(True)
 

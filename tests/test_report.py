@@ -25,13 +25,18 @@ def test_table_is_aligned_and_ends_with_totals() -> None:
 
 
 def test_rows_are_shared_only_by_blocks_that_are_alike() -> None:
-    blocks = [BlockReport(f"layers.{i}.mlp", "A", "stacked", "fused", enabled=i != 2, reason="why not" if i == 2 else None) for i in range(5)]
+    blocks = [
+        BlockReport(f"layers.{i}.mlp", "A", "stacked", "fused", enabled=i != 2, reason="why not" if i == 2 else None) for i in range(5)
+    ]
     blocks += [BlockReport("layers.7.mlp", "A", "stacked", "fused", enabled=True), BlockReport("other", "B", "stacked")]
     text = str(EnableReport("M", blocks))
-    assert [line.split()[0] for line in text.splitlines()[2:-1]] == ["layers.{0-1}.mlp", "layers.2.mlp", "layers.{3-4}.mlp", "layers.7.mlp", "other"]
+    names = [line.split()[0] for line in text.splitlines()[2:-1]]
+    assert names == ["layers.{0-1}.mlp", "layers.2.mlp", "layers.{3-4}.mlp", "layers.7.mlp", "other"]
     assert "why not" in text and "can be enabled" in text
     assert text.splitlines()[-1] == "M: 5 of 7 expert blocks enabled (5 fused), 1 can be enabled, 1 skipped"
-    assert "{0-4 step 2}" in str(EnableReport("M", blocks[:1] + [BlockReport(f"layers.{i}.mlp", "A", "stacked", "fused", True) for i in (2, 4)]))
+    assert "{0-4 step 2}" in str(
+        EnableReport("M", blocks[:1] + [BlockReport(f"layers.{i}.mlp", "A", "stacked", "fused", True) for i in (2, 4)])
+    )
 
 
 @pytest.mark.parametrize("family", BOTH)
@@ -66,9 +71,15 @@ class Strange(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(3, 3, 3)
         self.my_experts = Stack()
-        self.layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})}) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"experts": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})}) for _ in range(3)
+        )
         self.block = nn.Module()
         self.block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    @staticmethod
+    def dictionary() -> nn.ModuleDict:
+        return nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
 
 
 def test_what_looks_like_experts_is_listed_with_the_reason() -> None:

@@ -37,8 +37,6 @@ def check(ids: torch.Tensor, E: int) -> None:
 @pytest.mark.parametrize("int_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("T", "K", "E"), [(1, 1, 1), (50, 1, 3), (33, 4, 7), (40, 8, 8), (300, 2, 512)])
 def test_invariants(kind: str, int_dtype: torch.dtype, T: int, K: int, E: int) -> None:
-    if kind == "all" and K > E:
-        pytest.skip("a token cannot have more different experts than there are")
     ids = Maker(torch.float32, f"{kind}{T}").ids(kind, T, K, E, int_dtype)
     check(ids, E)
     for found, expected in zip(ops.sort_by_expert(ids, E), op_table.sort_by_expert(ids, E), strict=True):

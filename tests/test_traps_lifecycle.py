@@ -15,7 +15,19 @@ import types
 
 import pytest
 import torch
-from models import BOTH, Holder, build, build_experts, expert_blocks, in_float64, logits_and_gradients, needs_tf4, needs_tf5, routing, tokens
+from models import (
+    BOTH,
+    Holder,
+    build,
+    build_experts,
+    expert_blocks,
+    in_float64,
+    logits_and_gradients,
+    needs_tf4,
+    needs_tf5,
+    routing,
+    tokens,
+)
 from torch import nn
 
 import moe_ext
@@ -170,7 +182,9 @@ def test_T9_T12_sentinels_and_id_dtypes_and_nothing_is_written(dtype: torch.dtyp
 
 # -------------------------------------------------------------------------------------------------------------- weights and modules
 @needs_tf5
-@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "swish", "quick_gelu", "mish", "leaky_relu"])
+@pytest.mark.parametrize(
+    "act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "swish", "quick_gelu", "mish", "leaky_relu"]
+)
 def test_T51_the_real_activation_is_recognised_or_called(act: str) -> None:
     module = build_experts("mixtral", hidden_act=act)
     index, w = routing(8, 5)
@@ -228,7 +242,11 @@ def test_T56_hooks_on_experts_attached_later_are_called() -> None:
     before = logits(model)
     moe_ext.enable(model)
     seen: list[torch.Size] = []
-    handles = [block.experts[e].down_proj.register_forward_hook(lambda m, i, o: seen.append(o.shape)) for block in expert_blocks(model) for e in range(8)]
+    handles = [
+        block.experts[e].down_proj.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+        for block in expert_blocks(model)
+        for e in range(8)
+    ]
     assert torch.equal(logits(model), before)
     assert seen
     for handle in handles:

@@ -235,7 +235,7 @@ def _experts_reason(block: nn.Module, names: tuple[str, str, str]) -> str | None
     first = block.experts[0]
     weights, biases, dtypes = None, None, set()
     for i, expert in enumerate(block.experts):
-        linears = [getattr(expert, name, None) for name in names]
+        linears: list[Any] = [getattr(expert, name, None) for name in names]
         for name, linear in zip(names, linears, strict=True):
             if type(linear) is not nn.Linear:
                 return f"experts.{i}.{name} is a {type(linear).__name__}, not a plain nn.Linear"

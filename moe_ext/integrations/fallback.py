@@ -11,7 +11,6 @@ import torch
 DISABLE_VARIABLE = "MOE_EXT_DISABLE"
 
 
-@torch.compiler.assume_constant_result
 def disabled_by_environment() -> bool:
     """Whether MOE_EXT_DISABLE asks for the models' own code; read at each call, and once per compiled graph."""
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")

@@ -35,7 +35,13 @@ class BlockForward:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self.moe_ext_block
         if self.active:
-            reason = f"{DISABLE_VARIABLE} is set" if disabled_by_environment() else "it is called with more arguments" if args or kwargs else None
+            reason = (
+                f"{DISABLE_VARIABLE} is set"
+                if disabled_by_environment()
+                else "it is called with more arguments"
+                if args or kwargs
+                else None
+            )
             weights = reason or read_weights(block, self.projections, hidden_states)
             if isinstance(weights, ExpertWeights):
                 return run(block, hidden_states, weights, self.spec, self.returns_logits)

@@ -62,11 +62,13 @@ def eager_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _forward_variables(module: nn.Module) -> dict[str, Any]:
     # Delete when the decorator exposes its registry and the undecorated forward as attributes: until then they are in its closure.
-    forward = inspect.unwrap(type(module).forward, stop=lambda f: "experts_interface" in getattr(getattr(f, "__code__", None), "co_freevars", ()))
-    code = getattr(forward, "__code__", None)
-    if code is None or forward.__closure__ is None:
-        return {}
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, forward.__closure__, strict=True)}
+    forward = inspect.unwrap(type(module).forward, stop=lambda f: "experts_interface" in _free_variables(f))
+    names = _free_variables(forward)
+    return {name: cell.cell_contents for name, cell in zip(names, forward.__closure__ or (), strict=True)} if names else {}
+
+
+def _free_variables(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_freevars", ())
 
 
 def experts_implementation(module: nn.Module) -> str | None:

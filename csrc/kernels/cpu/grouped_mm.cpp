@@ -1,5 +1,6 @@
-// grouped_mm: out[r, :] = x[r, :] @ weight[e]^T + bias[e] for the rows r of each expert e; rounded once, after the bias
-// (and after adding what out held, when asked to accumulate). The weights are read where they are, once per segment of at most kSegmentRows rows of one expert. By rows per segment:
+// grouped_mm: out[r, :] = x[r, :] @ weight[e]^T + bias[e] for the rows r of each expert e; rounded once, after the bias (and
+// after adding what out held, when asked to accumulate). The weights are read where they are, once per segment of at most
+// kSegmentRows rows of one expert. By rows per segment:
 //   dot     few rows, K-contiguous weights: registers accumulate along k, four weight rows at a time stream past all rows of x
 //   direct  few rows, N-contiguous weights: a few weight rows at a time are added into accumulators of a whole block of outputs
 //   packed  the rest: blocks of weights are widened (and transposed) into the second-level cache, then multiplied tile by tile
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int64_t kSegmentRows = 96;
 
-// Largest number of rows for which dot and direct beat packed (benchmark: grouped_mm_rows).
+// Largest number of rows for which dot and direct beat packed: found by timing 1 to 32 rows on a processor with AVX2.
 template <class T>
 constexpr int64_t kDotRows = 8;
 template <class T>

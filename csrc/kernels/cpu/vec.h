@@ -42,7 +42,7 @@ template <int N>
 inline typename VecType<uint32_t, N * 4>::type widen_bits(const void* p) {
   using U32 = typename VecType<uint32_t, N * 4>::type;
 #if defined(__AVX512F__)
-  if constexpr (N == 16) return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(load_raw<__m256i>(p)));
+  if constexpr (N == 16) return reinterpret_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, load_raw<__m256i>(p)));
 #endif
 #if defined(__AVX2__)
   if constexpr (N == 8) return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)));
