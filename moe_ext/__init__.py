@@ -10,14 +10,27 @@ model library and initialises no GPU.
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from . import ops as ops  # loads the libraries: first
-from .enable import disable, enable, explain, patched, register
-from .experts import ExpertSpec, ExpertWeights
-from .functional import grouped_experts
-from .modules import GroupedExperts
-from .report import EnableError, EnableReport, NoExpertsFound
+try:
+    from . import ops as ops  # loads the libraries: first
+    from .enable import disable, enable, explain, patched, register
+    from .experts import ExpertSpec, ExpertWeights
+    from .functional import grouped_experts
+    from .modules import GroupedExperts
+    from .report import EnableError, EnableReport, NoExpertsFound
+except (ImportError, OSError, RuntimeError) as error:
+    # Said now, raised again by every public name: the package itself stays importable, so that `moe-ext doctor` can say more.
+    _load_failure = error
+    warnings.warn(f"moe_ext cannot be used: {error} (`moe-ext doctor` says more)", RuntimeWarning, stacklevel=2)
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"moe_ext cannot be used: {_load_failure}") from _load_failure
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 try:
     __version__ = version("moe-ext")

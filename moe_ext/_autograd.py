@@ -58,7 +58,7 @@ class _GroupedForward(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         starts, start = [], 0
         needs = Needs(0)
-        for bit, size in zip(layout.groups, sizes):
+        for bit, size in zip(layout.groups, sizes, strict=True):
             starts.append(start)
             width = 1 if size is None else size
             if bit is not None and any(needed[start : start + width]):
@@ -80,7 +80,7 @@ class _GroupedForward(torch.autograd.Function):
         options = {name: ctx.options[name] for name in ctx.layout.options}
         grads = iter(ctx.layout.backward(grad, *saved[:6], *kept, **options, needs=int(ctx.needs)))
         flat: list[Tensor | None] = [None] * sum(1 if size is None else size for size in ctx.sizes)
-        for bit, size, start in zip(ctx.layout.groups, ctx.sizes, ctx.starts):
+        for bit, size, start in zip(ctx.layout.groups, ctx.sizes, ctx.starts, strict=True):
             if bit is not None and bit in ctx.needs:
                 for i in range(start, start + (1 if size is None else size)):
                     flat[i] = next(grads)

@@ -1,4 +1,4 @@
-"""Every op and overload of `torch.ops.moe`: a plain PyTorch function of the same signature, what is differentiable, and cases.
+"""Every op and overload of `torch.ops.moe`: its function in plain_ops.py, what is differentiable, and cases.
 
 A case is a small builder that gets a `Maker` (dtype, seed, integer-valued or not) and returns the arguments of one call. With
 integer values every sum is exact, so any order of summation, layout or blocking must give the same bits.
@@ -7,17 +7,15 @@ integer values every sum is exact, so any order of summation, layout or blocking
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import plain_ops as plain
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ext import reference
 from moe_ext._needs import Needs
-from moe_ext.experts import ExpertSpec, ExpertWeights
 
 
 # ---- making inputs
@@ -66,164 +64,6 @@ def spread(t: Tensor, dim: int = -1) -> Tensor:
     wide = torch.full(size, float("nan") if t.is_floating_point() else 0, dtype=t.dtype, device=t.device)
     view = wide[tuple(slice(None, None, 2) if d == dim else slice(None) for d in range(t.dim()))]
     return view.copy_(t)
-
-
-# ---- the same functions in plain PyTorch
-def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids = top_k_index.reshape(-1).long()
-    kept = (ids >= 0) & (ids < num_experts)
-    used = int(kept.sum())
-    order = torch.sort(ids.where(kept, num_experts), stable=True).indices[:used]
-    counts = torch.bincount(ids[kept], minlength=num_experts)
-    row_to_slot, slot_to_row = torch.full_like(ids, -1), torch.full_like(ids, -1)
-    row_to_slot[:used] = order
-    slot_to_row[order] = torch.arange(used, device=ids.device)
-    return F.pad(counts.cumsum(0), (1, 0)).int(), row_to_slot.int(), slot_to_row.int()
-
-
-def _pick(source: Tensor, index: Tensor, divisor: int = 1) -> Tensor:
-    """source[index // divisor], zero where index < 0."""
-    found = source[index.clamp(min=0).long() // divisor]
-    return torch.where((index >= 0)[:, None], found, torch.zeros((), dtype=found.dtype))
-
-
-def permute(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int) -> Tensor:
-    return _pick(x, row_to_slot, top_k)
-
-
-def unpermute(rows: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, top_k_weights: Tensor | None = None) -> Tensor:
-    y = _pick(rows, slot_to_row)
-    if top_k_weights is not None:
-        y = (y * top_k_weights.reshape(-1, 1)).to(rows.dtype)
-    return y.unflatten(0, (-1, top_k)).sum(1)
-
-
-def unpermute_backward(grad: Tensor, rows: Tensor, row_to_slot: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
-    g = _pick(grad, row_to_slot, top_k_weights.shape[1])
-    grad_rows = g * _pick(top_k_weights.reshape(-1, 1), row_to_slot)
-    used = row_to_slot[row_to_slot >= 0].long()
-    grad_weights = torch.zeros_like(top_k_weights).reshape(-1)
-    grad_weights[used] = (g * rows).sum(-1)[: len(used)].to(top_k_weights.dtype)
-    return grad_rows.to(rows.dtype), grad_weights.view_as(top_k_weights)
-
-
-def _segments(expert_offsets: Tensor) -> Iterator[slice]:
-    bounds = expert_offsets.tolist()
-    yield from (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
-
-
-def grouped_mm(x: Tensor, weight: Any, expert_offsets: Tensor, bias: Any = None, *, transposed: bool = False) -> Tensor:
-    parts = []
-    for e, rows in enumerate(_segments(expert_offsets)):
-        parts.append(F.linear(x[rows], weight[e].T if transposed else weight[e], None if bias is None else bias[e]))
-    unused = x.shape[0] - sum(len(p) for p in parts)
-    return torch.cat([*parts, x.new_zeros(unused, parts[0].shape[1])])
-
-
-def grouped_mm_wgrad(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
-    return torch.stack(grouped_mm_wgrad_list(a, b, expert_offsets))
-
-
-def grouped_mm_wgrad_list(a: Tensor, b: Tensor, expert_offsets: Tensor) -> list[Tensor]:
-    return [a[rows].T @ b[rows] for rows in _segments(expert_offsets)]
-
-
-def grouped_bias_grad(grad: Tensor, expert_offsets: Tensor) -> Tensor:
-    return torch.stack([grad[rows].sum(0) for rows in _segments(expert_offsets)])
-
-
-def gated_activation(pre_act: Tensor, **options: Any) -> Tensor:
-    return reference.activation(pre_act, ExpertSpec(**options))
-
-
-def gated_activation_backward(grad: Tensor, pre_act: Tensor, **options: Any) -> Tensor:
-    with torch.enable_grad():
-        leaf = pre_act.detach().requires_grad_()
-        return torch.autograd.grad(gated_activation(leaf, **options), leaf, grad)[0]
-
-
-def _spec(options: dict[str, Any]) -> ExpertSpec:
-    return ExpertSpec(**{k: v for k, v in options.items() if k != "needs"})
-
-
-def grouped_forward(
-    x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Any = None, down_bias: Any = None, **options: Any
-) -> Tensor:
-    weights = ExpertWeights(gate_up_proj=gate_up, down_proj=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
-    return reference.grouped_experts(x, ids, w, weights, _spec(options))
-
-
-def grouped_forward_list(
-    x: Tensor, ids: Tensor, w: Tensor, gate: Any, up: Any, down: Any, gate_bias: Any = None, up_bias: Any = None, down_bias: Any = None,
-    **options: Any,
-) -> Tensor:  # fmt: skip
-    weights = ExpertWeights(gate_proj=gate, up_proj=up, down_proj=down, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
-    return reference.grouped_experts(x, ids, w, weights, _spec(options))
-
-
-def _up_projection(rows: Tensor, maps: Any, spec: ExpertSpec, gate: Any, up: Any, gate_bias: Any, up_bias: Any) -> Tensor:
-    pre_act = grouped_mm(rows, up, maps[0], up_bias, transposed=spec.transposed)
-    return torch.cat([grouped_mm(rows, gate, maps[0], gate_bias), pre_act], -1) if gate else pre_act
-
-
-def grouped_forward_train(
-    x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Any = None, down_bias: Any = None, **options: Any
-) -> tuple[Tensor, ...]:
-    maps = sort_by_expert(ids, len(gate_up))
-    rows = permute(x, *maps[1:], ids.shape[1])
-    pre_act = _up_projection(rows, maps, _spec(options), None, gate_up, None, gate_up_bias)
-    return grouped_forward(x, ids, w, gate_up, down, gate_up_bias, down_bias, **options), pre_act, *maps
-
-
-def grouped_forward_train_list(
-    x: Tensor, ids: Tensor, w: Tensor, gate: Any, up: Any, down: Any, gate_bias: Any = None, up_bias: Any = None, down_bias: Any = None,
-    **options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    maps = sort_by_expert(ids, len(up))
-    rows = permute(x, *maps[1:], ids.shape[1])
-    pre_act = _up_projection(rows, maps, _spec(options), gate, up, gate_bias, up_bias)
-    return grouped_forward_list(x, ids, w, gate, up, down, gate_bias, up_bias, down_bias, **options), pre_act, *maps
-
-
-def _backward(grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, maps: Any, ups: list[Any], down: Any, down_bias: Any, options: Any) -> Any:
-    """Gradients by bit of `Needs`: autograd through everything after the pre-activation, then the up projections by hand."""
-    spec, needs, top_k = _spec(options), Needs(options["needs"]), w.shape[1]
-    listed = not isinstance(down, Tensor)
-    with torch.enable_grad():
-        pre, w_ = pre_act.detach().requires_grad_(), w.detach().requires_grad_()
-        act = reference.activation(pre, spec)
-        downs = [d.detach().requires_grad_() for d in down]
-        biases = [pre.new_zeros(grad.shape[1], requires_grad=True) if down_bias is None else b.detach().requires_grad_()
-                  for b in (down if down_bias is None else down_bias)]  # fmt: skip
-        out = unpermute(grouped_mm(act, downs, maps[0], biases, transposed=spec.transposed), *maps[1:], top_k, w_)
-        found = torch.autograd.grad(out, [pre, w_, *downs, *biases], grad)
-    d_pre, d_w, d_down, d_bias = found[0], found[1], found[2 : 2 + len(downs)], found[2 + len(downs) :]
-    pack = list if listed else lambda ts: [torch.stack(list(ts))]
-    results: dict[Needs, list[Tensor]] = {Needs.TOP_K_WEIGHTS: [d_w], Needs.DOWN: pack(d_down), Needs.DOWN_BIAS: pack(d_bias)}
-    parts = d_pre.chunk(len(ups), -1)
-    d_rows = sum(grouped_mm(d, up, maps[0], transposed=not spec.transposed) for d, up in zip(parts, ups, strict=True))
-    results[Needs.HIDDEN_STATES] = [unpermute(d_rows, *maps[1:], top_k)]
-    up_bits = [(Needs.GATE_UP, Needs.GATE_UP_BIAS), (Needs.UP, Needs.UP_BIAS)]
-    for d, (bit, bias_bit) in zip(parts, up_bits[-len(ups) :] if listed else up_bits, strict=False):
-        results[bias_bit] = pack(d[rows].sum(0) for rows in _segments(maps[0]))
-        if x is not None:
-            rows_x = permute(x, *maps[1:], top_k)
-            results[bit] = pack(grouped_mm_wgrad_list(*((rows_x, d) if spec.transposed else (d, rows_x)), maps[0]))
-    return [t for bit in sorted(results) if bit in needs for t in results[bit]]
-
-
-def grouped_backward(
-    grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate_up: Tensor, down: Tensor,
-    down_bias: Any = None, **options: Any,
-) -> list[Tensor]:  # fmt: skip
-    return _backward(grad, x, w, pre_act, (offsets, r2s, s2r), [gate_up], down, down_bias, options)
-
-
-def grouped_backward_list(
-    grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate: Any, up: Any, down: Any,
-    down_bias: Any = None, **options: Any,
-) -> list[Tensor]:  # fmt: skip
-    return _backward(grad, x, w, pre_act, (offsets, r2s, s2r), [gate, up] if options["gated"] else [up], down, down_bias, options)
 
 
 # ---- cases
@@ -286,7 +126,7 @@ def backward_of(build: Build, needs: Needs, is_list: bool = False) -> Build:
     def built(m: Maker) -> Inputs:
         args, options = (listed(build) if is_list else build)(m)
         x, ids, w = args[:3]
-        train = grouped_forward_train_list if is_list else grouped_forward_train
+        train = plain.grouped_forward_train_list if is_list else plain.grouped_forward_train
         _, pre_act, *maps = train(*args, **options)
         kept_x = x if needs & (Needs.GATE_UP | Needs.UP) else None
         full = {"activation": "silu", "gated": True, "alpha": None, "limit": None}
@@ -298,7 +138,7 @@ def backward_of(build: Build, needs: Needs, is_list: bool = False) -> Build:
 
 
 def _routed(m: Maker, T: int, K: int, E: int, ids: str = "dropped") -> tuple[Tensor, Tensor, Tensor]:
-    return sort_by_expert(m.ids(ids, T, K, E, torch.int64), E)
+    return plain.sort_by_expert(m.ids(ids, T, K, E, torch.int64), E)
 
 
 def rows_case(op: str, T: int = 13, K: int = 3, E: int = 5, H: int = 24, *, ids: str = "dropped", weighted: bool = False) -> Build:
@@ -402,39 +242,39 @@ def _mm_cases(op: str) -> dict[str, Build]:
 
 
 OPS: dict[str, Op] = {
-    "grouped_forward": Op(grouped_forward, (0, 2, 3, 4, 5, 6), LAYERS),
-    "grouped_forward.list": Op(grouped_forward_list, (0, 2, 3, 4, 5, 6, 7, 8), LISTS),
-    "sort_by_expert": Op(sort_by_expert, (), {
+    "grouped_forward": Op(plain.grouped_forward, (0, 2, 3, 4, 5, 6), LAYERS),
+    "grouped_forward.list": Op(plain.grouped_forward_list, (0, 2, 3, 4, 5, 6, 7, 8), LISTS),
+    "sort_by_expert": Op(plain.sort_by_expert, (), {
         f"{kind}_{str(d).removeprefix('torch.')}": lambda m, kind=kind, d=d: ((m.ids(kind, 33, 4, 7, d), 7), {})
         for kind, d in (("random", torch.int64), ("dropped", torch.int32), ("sparse", torch.int64), ("one", torch.int32))
     }),
-    "permute": Op(permute, (0,), {"default": rows_case("permute"), "no_rows": rows_case("permute", T=0)}),
-    "unpermute": Op(unpermute, (0, 4), {
+    "permute": Op(plain.permute, (0,), {"default": rows_case("permute"), "no_rows": rows_case("permute", T=0)}),
+    "unpermute": Op(plain.unpermute, (0, 4), {
         "weighted": rows_case("unpermute", weighted=True), "plain": rows_case("unpermute"),
         "no_rows": rows_case("unpermute", T=0, weighted=True),
     }),
-    "unpermute_backward": Op(unpermute_backward, (), {
+    "unpermute_backward": Op(plain.unpermute_backward, (), {
         "default": rows_case("unpermute_backward"), "odd": rows_case("unpermute_backward", H=37),
     }),
-    "grouped_mm": Op(grouped_mm, (0, 1, 3), _mm_cases("grouped_mm")),
-    "grouped_mm.list": Op(grouped_mm, (0, 1, 3), _mm_cases("grouped_mm.list")),
-    "grouped_mm_wgrad": Op(grouped_mm_wgrad, (0, 1), {
+    "grouped_mm": Op(plain.grouped_mm, (0, 1, 3), _mm_cases("grouped_mm")),
+    "grouped_mm.list": Op(plain.grouped_mm, (0, 1, 3), _mm_cases("grouped_mm.list")),
+    "grouped_mm_wgrad": Op(plain.grouped_mm_wgrad, (0, 1), {
         "default": mm_case("grouped_mm_wgrad"), "sparse": mm_case("grouped_mm_wgrad", ids="sparse"),
         "no_rows": mm_case("grouped_mm_wgrad", T=0),
     }),
-    "grouped_mm_wgrad.list": Op(grouped_mm_wgrad_list, (), {"default": mm_case("grouped_mm_wgrad.list")}),
-    "grouped_bias_grad": Op(grouped_bias_grad, (), {"default": mm_case("grouped_bias_grad")}),
-    "gated_activation": Op(gated_activation, (0,), {name: activation_case(**options) for name, options in ACTIVATIONS.items()}),
-    "gated_activation_backward": Op(gated_activation_backward, (), {
+    "grouped_mm_wgrad.list": Op(plain.grouped_mm_wgrad_list, (), {"default": mm_case("grouped_mm_wgrad.list")}),
+    "grouped_bias_grad": Op(plain.grouped_bias_grad, (), {"default": mm_case("grouped_bias_grad")}),
+    "gated_activation": Op(plain.gated_activation, (0,), {name: activation_case(**options) for name, options in ACTIVATIONS.items()}),
+    "gated_activation_backward": Op(plain.gated_activation_backward, (), {
         name: activation_case(backward=True, **options) for name, options in ACTIVATIONS.items()
     }),
-    "_grouped_forward_train": Op(grouped_forward_train, (), {name: LAYERS[name] for name in ("default", "gpt_oss", "ungated_relu2")}),
-    "_grouped_forward_train.list": Op(grouped_forward_train_list, (), {name: LISTS[name] for name in ("default", "ungated_relu2")}),
-    "_grouped_backward": Op(grouped_backward, (), {
+    "_grouped_forward_train": Op(plain.grouped_forward_train, (), {name: LAYERS[name] for name in ("default", "gpt_oss", "ungated_relu2")}),
+    "_grouped_forward_train.list": Op(plain.grouped_forward_train_list, (), {name: LISTS[name] for name in ("default", "ungated_relu2")}),
+    "_grouped_backward": Op(plain.grouped_backward, (), {
         "all": backward_of(layer(bias=True, ids="dropped"), ALL_STACKED), "gpt_oss": backward_of(layer(**GPT_OSS), ALL_STACKED),
         "frozen": backward_of(layer(), Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS),
     }),
-    "_grouped_backward.list": Op(grouped_backward_list, (), {
+    "_grouped_backward.list": Op(plain.grouped_backward_list, (), {
         "all": backward_of(layer(bias=True, ids="dropped"), ALL_LISTED, is_list=True),
         "ungated": backward_of(layer(activation="relu2", gated=False, bias=True), UNGATED, is_list=True),
         "frozen": backward_of(layer(), Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS, is_list=True),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import op_table
+import plain_ops
 import pytest
 import torch
-from op_table import Maker
+from op_table import Maker, spread
 
 from moe_ext import ops
 
@@ -39,7 +39,7 @@ def check(ids: torch.Tensor, E: int) -> None:
 def test_invariants(kind: str, int_dtype: torch.dtype, T: int, K: int, E: int) -> None:
     ids = Maker(torch.float32, f"{kind}{T}").ids(kind, T, K, E, int_dtype)
     check(ids, E)
-    for found, expected in zip(ops.sort_by_expert(ids, E), op_table.sort_by_expert(ids, E), strict=True):
+    for found, expected in zip(ops.sort_by_expert(ids, E), plain_ops.sort_by_expert(ids, E), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -68,10 +68,10 @@ def test_layouts_are_read_as_they_are(layout: str) -> None:
     ids = Maker(torch.float32).ids("dropped", 12, 3, 5, torch.int64)
     if layout == "expanded":
         ids = ids[:, :1].expand(12, 3)
-    view = {"transposed": ids.T.contiguous().T, "strided": op_table.spread(ids), "expanded": ids}[layout]
+    view = {"transposed": ids.T.contiguous().T, "strided": spread(ids), "expanded": ids}[layout]
     assert not view.is_contiguous() and torch.equal(view, ids)
     before = view.clone()
-    for found, expected in zip(ops.sort_by_expert(view, 5), op_table.sort_by_expert(ids.contiguous(), 5), strict=True):
+    for found, expected in zip(ops.sort_by_expert(view, 5), plain_ops.sort_by_expert(ids.contiguous(), 5), strict=True):
         assert torch.equal(found, expected)
     assert torch.equal(view, before)  # the caller's routing is not written to
 

@@ -100,7 +100,7 @@ def test_T16_float32_means_float32_whatever_the_matmul_precision() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-# T17 router gradient: test_grouped_forward.py::test_router_gradient_is_summed_in_float32, and determinism in test_op_table.py.
+# T17 router gradient: test_autograd.py::test_router_gradient_is_summed_in_float32, and determinism in test_op_table.py.
 
 
 def test_T18_router_gradient_where_the_gate_and_the_weight_are_zero_and_with_a_down_bias() -> None:
@@ -203,10 +203,11 @@ def test_T27_requires_grad_is_read_at_every_forward() -> None:
             assert torch.autograd.grad(out.sum(), down)[0].any()
 
 
-# T28: 4-bit weights come with their own issue. T29, T30, T31: test_grouped_forward.py::test_exactly_the_needed_gradients_are_computed
-# and test_frozen_weights_do_not_allocate_their_gradient. T32: test_without_gradients_nothing_is_kept. T33:
-# test_saved_shapes_do_not_depend_on_the_routing and test_checkpoint_accepts_a_replay_that_routes_otherwise. T34:
-# test_checkpoint_gives_identical_gradients[True].
+# T28: the ops take no 4-bit weights.
+# T29, T30, T31: test_grouped_forward.py::test_exactly_the_needed_gradients_are_computed, test_frozen_weights_do_not_allocate_their_gradient
+# T32: test_grouped_forward.py::test_without_gradients_nothing_is_kept
+# T33: test_autograd.py::test_saved_shapes_do_not_depend_on_the_routing, test_checkpoint_accepts_a_replay_that_routes_otherwise
+# T34: test_autograd.py::test_checkpoint_gives_identical_gradients[True]
 
 
 @pytest.mark.parametrize("position", [0, 3, 4])
@@ -220,8 +221,9 @@ def test_T35_weights_changed_before_the_backward_are_an_error_and_not_a_wrong_gr
         out.sum().backward()
 
 
-# T36: test_grouped_forward.py::test_second_derivative_raises. T37: test_autocast_is_that_of_linear.
-# T38: BAD and test_routing_weights_of_any_dtype. T39: test_expanded_gradient_and_inputs_that_share_memory, case "strided" of the table.
+# T36: test_autograd.py::test_second_derivative_raises. T37: test_autograd.py::test_autocast_is_that_of_linear
+# T38: test_grouped_forward.py, the list BAD; test_autograd.py::test_routing_weights_of_any_dtype
+# T39: test_autograd.py::test_expanded_gradient_and_inputs_that_share_memory; the case "strided" of the table
 
 
 @pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 3), (1, 1, 1), (1, 3, 3), (5, 1, 3)])

@@ -122,12 +122,18 @@ struct KindConstant {
 template <class F>
 auto visit_activation(ActivationKind kind, const F& f) {
   switch (kind) {
-    case ActivationKind::kSilu: return f(KindConstant<ActivationKind::kSilu>{});
-    case ActivationKind::kGelu: return f(KindConstant<ActivationKind::kGelu>{});
-    case ActivationKind::kGeluTanh: return f(KindConstant<ActivationKind::kGeluTanh>{});
-    case ActivationKind::kRelu: return f(KindConstant<ActivationKind::kRelu>{});
-    case ActivationKind::kRelu2: return f(KindConstant<ActivationKind::kRelu2>{});
-    default: return f(KindConstant<ActivationKind::kSwigluOai>{});
+    case ActivationKind::kSilu:
+      return f(KindConstant<ActivationKind::kSilu>{});
+    case ActivationKind::kGelu:
+      return f(KindConstant<ActivationKind::kGelu>{});
+    case ActivationKind::kGeluTanh:
+      return f(KindConstant<ActivationKind::kGeluTanh>{});
+    case ActivationKind::kRelu:
+      return f(KindConstant<ActivationKind::kRelu>{});
+    case ActivationKind::kRelu2:
+      return f(KindConstant<ActivationKind::kRelu2>{});
+    default:
+      return f(KindConstant<ActivationKind::kSwigluOai>{});
   }
 }
 

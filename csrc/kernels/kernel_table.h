@@ -12,9 +12,9 @@ struct Kernel {
 };
 
 struct KernelTable {
-  const char* device = "";  // "cpu", "cuda"
-  const char* variant = ""; // which build of the kernels runs: instruction set or list of architectures
-  const char* dtypes = "";  // for messages
+  const char* device = "";   // "cpu", "cuda"
+  const char* variant = "";  // which build of the kernels runs: instruction set or list of architectures
+  const char* dtypes = "";   // for messages
   Kernel<SortParams> sort_by_expert;
   Kernel<PermuteParams> permute;
   Kernel<GroupedMmParams> grouped_mm;

@@ -61,7 +61,7 @@ struct SortParams {
 // out[r] = x[row_to_slot[r] / K], zero where row_to_slot[r] = -1.
 struct PermuteParams {
   DType dtype;
-  Rows x;              // [T, H], gathered
+  Rows x;  // [T, H], gathered
   int64_t S = 0, H = 0;
   void* out = nullptr;  // [S, H]
 };
@@ -105,10 +105,10 @@ enum class ActivationKind : int8_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSw
 // act(gate) * up (gated), or act(x). The formulas and their derivatives are in activation.h, and only there.
 struct Activation {
   ActivationKind kind = ActivationKind::kSilu;
-  bool gated = true;        // pre-activation has 2I columns: [gate | up], or g0 u0 g1 u1 ... when interleaved
+  bool gated = true;  // pre-activation has 2I columns: [gate | up], or g0 u0 g1 u1 ... when interleaved
   bool interleaved = false;
-  bool has_limit = false;   // gate = min(gate, limit), up = clamp(up, -limit, limit)
-  double alpha = 1.0;       // kSwigluOai: gate * sigmoid(alpha * gate) * (up + 1)
+  bool has_limit = false;  // gate = min(gate, limit), up = clamp(up, -limit, limit)
+  double alpha = 1.0;      // kSwigluOai: gate * sigmoid(alpha * gate) * (up + 1)
   double limit = 0.0;
 };
 

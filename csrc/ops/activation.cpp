@@ -2,8 +2,8 @@
 
 namespace moe::ops {
 
-Tensor gated_activation(const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved,
-                        const OptionalDouble& alpha, const OptionalDouble& limit) {
+Tensor gated_activation(const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved, const OptionalDouble& alpha,
+                        const OptionalDouble& limit) {
   constexpr const char* op = "gated_activation";
   const Activation a = parse_activation(op, activation, gated, interleaved, alpha, limit);
   check(pre_act.dim() == 2, op, "pre_act has shape ", shape(pre_act), ", expected [S, 2I], or [S, I] with gated=False");
@@ -21,8 +21,8 @@ Tensor gated_activation(const Tensor& pre_act, const std::string& activation, bo
   return out;
 }
 
-Tensor gated_activation_backward(const Tensor& grad, const Tensor& pre_act, const std::string& activation, bool gated,
-                                 bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit) {
+Tensor gated_activation_backward(const Tensor& grad, const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved,
+                                 const OptionalDouble& alpha, const OptionalDouble& limit) {
   constexpr const char* op = "gated_activation_backward";
   const Activation a = parse_activation(op, activation, gated, interleaved, alpha, limit);
   check(pre_act.dim() == 2, op, "pre_act has shape ", shape(pre_act), ", expected [S, 2I], or [S, I] with gated=False");

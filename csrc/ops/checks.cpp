@@ -7,17 +7,28 @@ using torch::headeronly::ScalarType;
 
 const char* scalar_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -52,11 +63,16 @@ std::string dtype_name(const Tensor& t) { return scalar_name(t.scalar_type()); }
 
 DType float_dtype(const char* op, const Tensor& t, const char* what) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: fail(op, what, " is ", dtype_name(t), "; float64, float32, bfloat16 and float16 are supported");
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, what, " is ", dtype_name(t), "; float64, float32, bfloat16 and float16 are supported");
   }
 }
 
@@ -70,11 +86,15 @@ void check_shape(const char* op, const Tensor& t, const char* what, std::initial
   check(ok, op, what, " has shape ", shape(t), ", expected ", list(expected));
 }
 
+void check_device(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what) {
+  check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, what, " and ", like_what,
+        " are on different devices");
+}
+
 void check_like(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what) {
   check(t.scalar_type() == like.scalar_type(), op, what, " is ", dtype_name(t), " but ", like_what, " is ", dtype_name(like),
         "; cast one of them, or run under torch.autocast");
-  check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, what, " and ", like_what,
-        " are on different devices");
+  check_device(op, t, what, like, like_what);
 }
 
 void check_int32(const char* op, const Tensor& t, const char* what, int64_t size, const Tensor& like) {
@@ -133,7 +153,8 @@ void fail_status(const char* op, Status status, const char* detail) {
   const KernelTable& table = kernel_table();
   switch (status) {
     case Status::kUnsupportedDtype:
-      fail(op, "no ", table.device, " kernel for ", detail, " (built: ", table.variant, "; ", table.dtypes, "). Cast, or use another device.");
+      fail(op, "no ", table.device, " kernel for ", detail, " (built: ", table.variant, "; ", table.dtypes,
+           "). Cast, or use another device.");
     case Status::kUnsupportedLayout:
       fail(op, "the ", table.device, " kernel (", table.variant, ") cannot read this layout: ", detail, ". Make the tensors contiguous.");
     default:

@@ -21,11 +21,12 @@ void check(bool ok, const char* op, const Parts&... parts) {
     fail(op, parts...);
 }
 
-std::string shape(const Tensor& t);          // "[5, 8]"
-std::string dtype_name(const Tensor& t);     // "bfloat16", "int64", ...
+std::string shape(const Tensor& t);                                    // "[5, 8]"
+std::string dtype_name(const Tensor& t);                               // "bfloat16", "int64", ...
 DType float_dtype(const char* op, const Tensor& t, const char* what);  // or an error that names what is accepted
-void check_shape(const char* op, const Tensor& t, const char* what, std::initializer_list<int64_t> expected);  // -1 = any size
+void check_shape(const char* op, const Tensor& t, const char* what, std::initializer_list<int64_t> expected);   // -1 = any size
 void check_like(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what);  // dtype and device
+void check_device(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what);
 void check_int32(const char* op, const Tensor& t, const char* what, int64_t size, const Tensor& like);  // contiguous int32 [size]
 
 // How many slots one call may have: rows and slots are int32.

@@ -1,9 +1,10 @@
 // moe_describe(): this library in JSON, for moe_ext/_C and `moe-ext doctor`. Plain C linkage, no torch types.
+#include "describe.h"
+
 #include <moe_build_info.h>
 
 #include <sstream>
 
-#include "describe.h"
 #include "ops.h"
 
 namespace moe::ops {

@@ -36,12 +36,14 @@ void check_hidden(Layer& l, const Tensor& hidden_states) {
   l.H = hidden_states.size(1);
 }
 
-void check_routing(Layer& l, const Tensor& top_k_index, const Tensor& top_k_weights) {
+void check_routing(Layer& l, const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights) {
   check(top_k_index.dim() == 2 && top_k_index.size(0) == l.T && top_k_index.size(1) >= 1, l.op, "top_k_index has shape ",
         shape(top_k_index), ", expected [T=", l.T, ", K] with K >= 1");
   l.K = top_k_index.size(1);
   l.S = l.T * l.K;
   check_shape(l.op, top_k_weights, "top_k_weights", {l.T, l.K});
+  check_device(l.op, top_k_index, "top_k_index", hidden_states, "hidden_states");
+  check_device(l.op, top_k_weights, "top_k_weights", hidden_states, "hidden_states");
   float_dtype(l.op, top_k_weights, "top_k_weights");
   check_slots(l.op, l.S);
 }
@@ -62,12 +64,12 @@ Layer stacked_layer(const char* op, const Tensor& like, const Tensor& gate_up_pr
   check(up.E >= 1, op, "gate_up_proj has shape ", shape(gate_up_proj), ": there are no experts");
   check(up.K == H, op, "gate_up_proj has shape ", shape(gate_up_proj), layout, ": its experts take ", up.K,
         " inputs but hidden_states has H=", H);
-  check(!activation.gated || up.N % 2 == 0, op, "gate_up_proj has shape ", shape(gate_up_proj), layout, ": gated=True needs 2I outputs, not ",
-        up.N);
+  check(!activation.gated || up.N % 2 == 0, op, "gate_up_proj has shape ", shape(gate_up_proj), layout,
+        ": gated=True needs 2I outputs, not ", up.N);
   l.E = up.E;
   l.I = activation.gated ? up.N / 2 : up.N;
-  check(down.E == l.E && down.K == l.I && down.N == H, op, "down_proj has shape ", shape(down_proj), layout, ", expected ",
-        l.E, " experts of ", l.I, " inputs and ", H, " outputs to fit gate_up_proj ", shape(gate_up_proj));
+  check(down.E == l.E && down.K == l.I && down.N == H, op, "down_proj has shape ", shape(down_proj), layout, ", expected ", l.E,
+        " experts of ", l.I, " inputs and ", H, " outputs to fit gate_up_proj ", shape(gate_up_proj));
   check_like(op, gate_up_proj, "gate_up_proj", like, "hidden_states");
   check_like(op, down_proj, "down_proj", like, "hidden_states");
   if (gate_up_bias) {
@@ -354,7 +356,7 @@ TrainResult grouped_forward_train(const Tensor& hidden_states, const Tensor& top
   check(hidden_states.dim() == 2, op, "hidden_states has shape ", shape(hidden_states), ", expected [T, H]");
   Layer l = stacked_layer(op, hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, a, transposed, hidden_states.size(1));
   check_hidden(l, hidden_states);
-  check_routing(l, top_k_index, top_k_weights);
+  check_routing(l, hidden_states, top_k_index, top_k_weights);
   return forward(l, hidden_states, top_k_index, top_k_weights);
 }
 
@@ -367,10 +369,9 @@ Tensor grouped_forward(const Tensor& hidden_states, const Tensor& top_k_index, c
 }
 
 TensorList grouped_backward(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights, const Tensor& pre_act,
-                            const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
-                            const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& down_bias,
-                            const std::string& activation, bool gated, bool transposed, bool interleaved, const OptionalDouble& alpha,
-                            const OptionalDouble& limit, int64_t needs) {
+                            const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row, const Tensor& gate_up_proj,
+                            const Tensor& down_proj, const OptionalTensor& down_bias, const std::string& activation, bool gated,
+                            bool transposed, bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs) {
   constexpr const char* op = "grouped_backward";
   const Activation a = parse_activation(op, activation, gated, interleaved, alpha, limit);
   check(grad.dim() == 2, op, "grad has shape ", shape(grad), ", expected [T, H]");
@@ -388,7 +389,7 @@ TrainResult grouped_forward_train_list(const Tensor& hidden_states, const Tensor
   check(hidden_states.dim() == 2, op, "hidden_states has shape ", shape(hidden_states), ", expected [T, H]");
   Layer l = list_layer(op, hidden_states, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias, a, hidden_states.size(1));
   check_hidden(l, hidden_states);
-  check_routing(l, top_k_index, top_k_weights);
+  check_routing(l, hidden_states, top_k_index, top_k_weights);
   return forward(l, hidden_states, top_k_index, top_k_weights);
 }
 
@@ -401,10 +402,10 @@ Tensor grouped_forward_list(const Tensor& hidden_states, const Tensor& top_k_ind
 }
 
 TensorList grouped_backward_list(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights,
-                                 const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot,
-                                 const Tensor& slot_to_row, const TensorList& gate_proj, const TensorList& up_proj,
-                                 const TensorList& down_proj, const OptionalTensorList& down_bias, const std::string& activation,
-                                 bool gated, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs) {
+                                 const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                 const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
+                                 const OptionalTensorList& down_bias, const std::string& activation, bool gated,
+                                 const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs) {
   constexpr const char* op = "grouped_backward";
   const Activation a = parse_activation(op, activation, gated, false, alpha, limit);
   check(grad.dim() == 2, op, "grad has shape ", shape(grad), ", expected [T, H]");

@@ -52,41 +52,39 @@ Tensor grouped_mm_list(const Tensor& x, const TensorList& weight, const Tensor& 
 Tensor grouped_mm_wgrad(const Tensor& a, const Tensor& b, const Tensor& expert_offsets);
 TensorList grouped_mm_wgrad_list(const Tensor& a, const Tensor& b, const Tensor& expert_offsets);
 Tensor grouped_bias_grad(const Tensor& grad, const Tensor& expert_offsets);
-Tensor gated_activation(const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved,
-                        const OptionalDouble& alpha, const OptionalDouble& limit);
-Tensor gated_activation_backward(const Tensor& grad, const Tensor& pre_act, const std::string& activation, bool gated,
-                                 bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit);
+Tensor gated_activation(const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved, const OptionalDouble& alpha,
+                        const OptionalDouble& limit);
+Tensor gated_activation_backward(const Tensor& grad, const Tensor& pre_act, const std::string& activation, bool gated, bool interleaved,
+                                 const OptionalDouble& alpha, const OptionalDouble& limit);
 
 using TrainResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // out, pre_act, expert_offsets, row_to_slot, slot_to_row
 
-Tensor grouped_forward(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
-                       const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
-                       const OptionalTensor& down_bias, const std::string& activation, bool gated, bool transposed,
-                       bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit);
+Tensor grouped_forward(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights, const Tensor& gate_up_proj,
+                       const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
+                       const std::string& activation, bool gated, bool transposed, bool interleaved, const OptionalDouble& alpha,
+                       const OptionalDouble& limit);
 TrainResult grouped_forward_train(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                                   const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
                                   const OptionalTensor& down_bias, const std::string& activation, bool gated, bool transposed,
                                   bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit);
-TensorList grouped_backward(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights,
-                            const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot,
-                            const Tensor& slot_to_row, const Tensor& gate_up_proj, const Tensor& down_proj,
-                            const OptionalTensor& down_bias, const std::string& activation, bool gated, bool transposed,
-                            bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
+TensorList grouped_backward(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights, const Tensor& pre_act,
+                            const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row, const Tensor& gate_up_proj,
+                            const Tensor& down_proj, const OptionalTensor& down_bias, const std::string& activation, bool gated,
+                            bool transposed, bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
 
 Tensor grouped_forward_list(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                             const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
-                            const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias,
-                            const OptionalTensorList& down_bias, const std::string& activation, bool gated,
-                            const OptionalDouble& alpha, const OptionalDouble& limit);
+                            const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias, const OptionalTensorList& down_bias,
+                            const std::string& activation, bool gated, const OptionalDouble& alpha, const OptionalDouble& limit);
 TrainResult grouped_forward_train_list(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                                        const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
                                        const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias,
                                        const OptionalTensorList& down_bias, const std::string& activation, bool gated,
                                        const OptionalDouble& alpha, const OptionalDouble& limit);
 TensorList grouped_backward_list(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights,
-                                 const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot,
-                                 const Tensor& slot_to_row, const TensorList& gate_proj, const TensorList& up_proj,
-                                 const TensorList& down_proj, const OptionalTensorList& down_bias, const std::string& activation,
-                                 bool gated, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
+                                 const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
+                                 const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
+                                 const OptionalTensorList& down_bias, const std::string& activation, bool gated,
+                                 const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
 
 }  // namespace moe::ops

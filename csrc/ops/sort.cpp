@@ -6,8 +6,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& top_k_index, int
   constexpr const char* op = "sort_by_expert";
   check(top_k_index.dim() == 2, op, "top_k_index has shape ", shape(top_k_index), ", expected [T, K]");
   const bool int64 = top_k_index.scalar_type() == ScalarType::Long;
-  check(int64 || top_k_index.scalar_type() == ScalarType::Int, op, "top_k_index is ", dtype_name(top_k_index),
-        ", expected int32 or int64");
+  check(int64 || top_k_index.scalar_type() == ScalarType::Int, op, "top_k_index is ", dtype_name(top_k_index), ", expected int32 or int64");
   check(num_experts >= 1, op, "num_experts=", num_experts, ", expected at least 1");
   check_slots(op, top_k_index.numel());
 

@@ -10,10 +10,14 @@ using torch::headeronly::ScalarType;
 
 inline ScalarType scalar_type(DType t) {
   switch (t) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    default: return ScalarType::Half;
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    default:
+      return ScalarType::Half;
   }
 }
 
@@ -25,9 +29,7 @@ inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 }
 
 // [rows, n] with contiguous columns: as it is when that holds, else a copy. A one-row tensor may carry any row stride.
-inline Tensor row_major(const Tensor& t) {
-  return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
+inline Tensor row_major(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
 inline Rows rows(const Tensor& t) { return {t.data_ptr(), row_stride(t), nullptr, 1}; }

@@ -50,7 +50,8 @@ std::string describe_variants() {
   const KernelTable* all = cpu::tables(&count);
   std::string text;
   for (int i = 0; i < count; ++i)
-    text += std::string(i ? ", " : "") + "{\"name\": \"" + all[i].variant + "\", \"runs_here\": " + (cpu::runs_here(all[i]) ? "true}" : "false}");
+    text += std::string(i ? ", " : "") + "{\"name\": \"" + all[i].variant +
+            "\", \"runs_here\": " + (cpu::runs_here(all[i]) ? "true}" : "false}");
   return text;
 }
 

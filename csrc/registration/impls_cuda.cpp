@@ -8,9 +8,7 @@ namespace moe::ops {
 const KernelTable& kernel_table() { return cuda::table(); }
 
 // One entry for the library: its kernels run on any device of the architectures in `variant`.
-std::string describe_variants() {
-  return std::string("{\"name\": \"") + kernel_table().variant + "\"}";
-}
+std::string describe_variants() { return std::string("{\"name\": \"") + kernel_table().variant + "\"}"; }
 
 }  // namespace moe::ops
 

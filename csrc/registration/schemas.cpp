@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(moe, m) {
   m.def("sort_by_expert(Tensor top_k_index, int num_experts) -> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
   m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row, int top_k) -> Tensor");
   m.def("unpermute(Tensor rows, Tensor row_to_slot, Tensor slot_to_row, int top_k, Tensor? top_k_weights=None) -> Tensor");
-  m.def("unpermute_backward(Tensor grad, Tensor rows, Tensor row_to_slot, Tensor top_k_weights) -> (Tensor grad_rows, Tensor grad_weights)");
+  m.def(
+      "unpermute_backward(Tensor grad, Tensor rows, Tensor row_to_slot, Tensor top_k_weights) -> (Tensor grad_rows, Tensor grad_weights)");
   m.def("grouped_mm(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias=None, *, bool transposed=False) -> Tensor");
   m.def("grouped_mm.list(Tensor x, Tensor[] weight, Tensor expert_offsets, Tensor[]? bias=None, *, bool transposed=False) -> Tensor");
   m.def("grouped_mm_wgrad(Tensor a, Tensor b, Tensor expert_offsets) -> Tensor");

@@ -12,7 +12,7 @@ DISABLE_VARIABLE = "MOE_EXT_DISABLE"
 
 
 def disabled_by_environment() -> bool:
-    """Whether MOE_EXT_DISABLE asks for the models' own code; read at each call, and once per compiled graph."""
+    """Whether MOE_EXT_DISABLE asks for the models' own code; read at each call (by a compiled graph: when it is traced)."""
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 

@@ -54,7 +54,7 @@ void for_each_row(const Launch& launch, int64_t rows, int64_t width, const F& f)
 // up = nullptr: not gated.
 template <class A>
 struct Block {
-  void (*value)(A* gate, const A* up, A alpha, A limit, int n);  // gate becomes h
+  void (*value)(A* gate, const A* up, A alpha, A limit, int n);                        // gate becomes h
   void (*gradient)(A* gate, A* up, const A* grad, A* value, A alpha, A limit, int n);  // gate, up become their gradients
 };
 
@@ -68,14 +68,16 @@ void value_block(A* gate, const A* up, A alpha, A limit, int n) {
 }
 
 template <ActivationKind kind, class A>
-void gradient_block(A* gate, A* up, const A* grad, A* value, A alpha, A limit, int n) {
-  for (int i = 0; i < n; ++i) {
-    if (up) {
+void gradient_block(A* __restrict gate, A* __restrict up, const A* __restrict grad, A* __restrict value, A alpha, A limit, int n) {
+  if (up) {
+    for (int i = 0; i < n; ++i) {
       const GatedGradient<A> g = gated_gradient<kind>(gate[i], up[i], alpha, limit);
       value[i] = g.value;
       gate[i] = grad[i] * g.d_gate;
       up[i] = grad[i] * g.d_up;
-    } else {
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
       const ValueAndSlope<A> a = activate<kind>(gate[i], alpha);
       value[i] = a.value;
       gate[i] = grad[i] * a.slope;
@@ -128,9 +130,9 @@ acc_t<T> bias_dot(const GatedActivationBackwardParams& p, int64_t r, int32_t slo
   }
   const T* bias = static_cast<const T*>(at(p.down_bias, low, sizeof(T)));
   const T* grad = static_cast<const T*>(p.grad_out.data) + slot / p.grad_out.top_k * p.grad_out.stride;
-  A sum = 0;
+  double sum = 0;  // one chain of H additions
   for (int64_t h = 0; h < p.H; ++h) sum += load_as<A>(grad + h) * load_as<A>(bias + h);
-  return sum;
+  return static_cast<A>(sum);
 }
 
 template <class T>

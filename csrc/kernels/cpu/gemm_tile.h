@@ -1,7 +1,8 @@
 // The register tile shared by grouped_mm and grouped_mm_wgrad, and the packed blocks it reads:
 //   C[i][n] (+)= sum over k of A[k][i] * B[k][n]     i < rows of the tile, n < kTileN
 // A is packed by tile as [k][rows], B by panel as [k][kTileN], both as accumulators; C is row-major in accumulators. Each
-// element of C is one chain of additions in the order of k, whatever the tile or the thread, so results are reproducible.
+// element of C is a sum over blocks of k of sums over the block, in the order of k, whatever the tile or the thread: results are
+// reproducible, and the rounding error grows with the length of a block plus the number of blocks, not with their product.
 #pragma once
 #include "../params.h"
 #include "vec.h"
@@ -76,10 +77,7 @@ inline void add_products(int64_t depth, const A* a, const T* b, int64_t ldb, Vec
 // B may be packed (ldb = kTileN, already accumulators) or the weights themselves (any element type, any ldb).
 template <int M, class A, class T>
 inline void tile_rows(int64_t depth, const A* a, const T* b, int64_t ldb, A* c, int64_t ldc, bool accumulate, Prefetch* next) {
-  Vec<A> sum[M][2];
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < 2; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * kLanes<A>) : Vec<A>{};
-  }
+  Vec<A> sum[M][2] = {};
   int64_t k = 0;
   if (next && next->rows > 0) {
     Prefetch lines = *next;
@@ -91,7 +89,10 @@ inline void tile_rows(int64_t depth, const A* a, const T* b, int64_t ldb, A* c, 
   }
   add_products<M>(depth - k, a + k * M, b + k * ldb, ldb, sum);
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < 2; ++j) store(c + i * ldc + j * kLanes<A>, sum[i][j]);
+    for (int j = 0; j < 2; ++j) {
+      A* target = c + i * ldc + j * kLanes<A>;
+      store(target, accumulate ? load(target) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 

@@ -133,13 +133,13 @@ Status run_bias(const GroupedBiasGradParams& p, const Launch& launch) {
   for_each_task(launch, p.E * blocks, [&](int64_t task, int) {
     const int64_t e = task / blocks, n0 = task % blocks * kBlock, count = p.N - n0 < kBlock ? p.N - n0 : kBlock;
     T* out = static_cast<T*>(at(p.out, e, sizeof(T))) + n0;
-    Acc acc[kBlock] = {};
+    double acc[kBlock] = {};  // one long chain of additions: in float32 its error would exceed that of a blocked sum
     for (int64_t r = p.expert_offsets[e]; r < p.expert_offsets[e + 1]; ++r) {
       const Acc w = weights ? weights[p.row_to_slot[r]] : Acc(1);
       const T* g = row_of<T>(p.g, r) + n0;
       for (int64_t i = 0; i < count; ++i) acc[i] += w * to_acc(g[i]);
     }
-    for (int64_t i = 0; i < count; ++i) out[i] = from_acc<T>(acc[i]);
+    for (int64_t i = 0; i < count; ++i) out[i] = from_acc<T>(static_cast<Acc>(acc[i]));
   });
   return Status::kOk;
 }

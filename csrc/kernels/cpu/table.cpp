@@ -18,10 +18,19 @@ constexpr const char* kDtypes = "float64, float32, bfloat16, float16";
 
 const KernelTable* tables(int* count) {
   // Function-local, so that no order of static initialisation across files matters.
-#define MOE_TABLE(isa)                                                                                                       \
-  KernelTable{"cpu",           #isa,                 kDtypes,                 isa::sort_by_expert,   isa::permute,                   \
-              isa::grouped_mm, isa::grouped_mm_wgrad, isa::grouped_bias_grad, isa::gated_activation, isa::gated_activation_backward, \
-              isa::unpermute,  isa::unpermute_backward},
+#define MOE_TABLE(isa)                        \
+  KernelTable{"cpu",                          \
+              #isa,                           \
+              kDtypes,                        \
+              isa::sort_by_expert,            \
+              isa::permute,                   \
+              isa::grouped_mm,                \
+              isa::grouped_mm_wgrad,          \
+              isa::grouped_bias_grad,         \
+              isa::gated_activation,          \
+              isa::gated_activation_backward, \
+              isa::unpermute,                 \
+              isa::unpermute_backward},
   static const KernelTable all[] = {MOE_FOR_EACH_ISA(MOE_TABLE)};
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));
   return all;

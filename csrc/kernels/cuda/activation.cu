@@ -1,6 +1,5 @@
 // The activation between the two projections, forward and backward, one block per row; formulas in ../activation.h and ../params.h.
 #include "../activation.h"
-
 #include "element.cuh"
 #include "kernels.h"
 

@@ -58,19 +58,16 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
 }
 
 Status launch_permute(const PermuteParams& p, const Launch& launch) {
-  return visit_dtype<ElementTypes>(p.dtype, [&](auto type) {
-    return launch_rows(permute_kernel<typename decltype(type)::type>, p.S, launch, p);
-  });
+  return visit_dtype<ElementTypes>(p.dtype,
+                                   [&](auto type) { return launch_rows(permute_kernel<typename decltype(type)::type>, p.S, launch, p); });
 }
 Status launch_unpermute(const UnpermuteParams& p, const Launch& launch) {
-  return visit_dtype<ElementTypes>(p.dtype, [&](auto type) {
-    return launch_rows(unpermute_kernel<typename decltype(type)::type>, p.T, launch, p);
-  });
+  return visit_dtype<ElementTypes>(p.dtype,
+                                   [&](auto type) { return launch_rows(unpermute_kernel<typename decltype(type)::type>, p.T, launch, p); });
 }
 Status launch_unpermute_backward(const UnpermuteBackwardParams& p, const Launch& launch) {
-  return visit_dtype<ElementTypes>(p.dtype, [&](auto type) {
-    return launch_rows(unpermute_backward_kernel<typename decltype(type)::type>, p.S, launch, p);
-  });
+  return visit_dtype<ElementTypes>(
+      p.dtype, [&](auto type) { return launch_rows(unpermute_backward_kernel<typename decltype(type)::type>, p.S, launch, p); });
 }
 
 }  // namespace
