@@ -16,6 +16,8 @@ from typing import Any
 
 try:
     from . import ops as ops  # loads the libraries: first
+    from . import reference as reference
+    from . import testing as testing
     from .enable import disable, enable, explain, patched, register
     from .experts import ExpertSpec, ExpertWeights
     from .functional import grouped_experts
@@ -50,5 +52,7 @@ __all__ = [
     "grouped_experts",
     "ops",
     "patched",
+    "reference",
     "register",
+    "testing",
 ]
