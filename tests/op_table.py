@@ -338,7 +338,7 @@ def results_and_gradients(case: Case, function: Callable[..., Any], args: Any, k
     if not leaves:
         return results
     integers = bool((args[0] == args[0].round()).all())
-    grad = Maker(torch.float32, seed, integers).floats(*results[0].shape).bfloat16().to(results[0].dtype)
+    grad = Maker(torch.float32, seed, integers).floats(*results[0].shape).bfloat16().to(results[0])
     if not results[0].requires_grad:  # the reference, when no token reaches an expert
         return [r.detach() for r in results] + [torch.zeros_like(leaf) for leaf in leaves]
     return [r.detach() for r in results] + list(torch.autograd.grad(results[0], leaves, grad, allow_unused=True, materialize_grads=True))

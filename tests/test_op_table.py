@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from op_table import CASES, OPS, Case, results_and_gradients, tensors, to_double
+from error_rule import check_error_rule
+from op_table import CASES, OPS, Case, results_and_gradients, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from moe_ext import functional as _functional  # noqa: F401  (loads the ops)
-from moe_ext.testing import assert_accurate
 
 DIFFERENTIABLE = [c for c in CASES if c.entry.differentiable]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,33 +92,9 @@ def test_inductor_equals_eager(case: Case) -> None:
     _compiled_equals_eager(case, "inductor")
 
 
-def _new_plain_truth(case: Case, dtype: torch.dtype, draw: int) -> list[list[torch.Tensor]]:
-    args, kwargs = case.inputs(dtype, draw=draw)
-    reference = case.entry.reference
-    functions = ((case.function, args), (reference, args), (reference, to_double(args)))
-    return [results_and_gradients(case, function, values, kwargs, seed=f"grad/{draw}") for function, values in functions]
-
-
-# The rule compares two random errors, of which a few large numbers may make most (relu2): each is measured on at least so many
-# numbers, the same tensor of several draws, and all experts' tensors of a list, which are one tensor in the stacked overload.
-ENOUGH_NUMBERS = 500
-
-
 @cases(CASES, *LOW)
 def test_error_is_at_most_twice_that_of_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
-    draws = [_new_plain_truth(case, dtype, 0)]
-    groups: dict[Any, list[int]] = {}
-    for i, t in enumerate(draws[0][0]):
-        groups.setdefault(t.shape if case.op.endswith(".list") and t.is_floating_point() else i, []).append(i)
-    sizes = [sum(draws[0][0][i].numel() for i in group) for group in groups.values() if draws[0][0][group[0]].is_floating_point()]
-    smallest = min((n for n in sizes if n), default=ENOUGH_NUMBERS)
-    draws += [_new_plain_truth(case, dtype, draw) for draw in range(1, -(-ENOUGH_NUMBERS // smallest))]
-    for group in groups.values():
-        new, plain, truth = (torch.cat([draw[which][i].flatten() for draw in draws for i in group]) for which in range(3))
-        if new.is_floating_point():
-            assert_accurate(new, plain, truth, f"tensor {group[0]}")
-        else:
-            assert torch.equal(new, plain)
+    check_error_rule(case, dtype, "cpu")
 
 
 def _exact_on_whole_numbers(case: Case) -> bool:
