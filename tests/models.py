@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import moe_ext
+from moe_ext.testing import assert_accurate
+
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'moe-ext[hf]')")
 
 
@@ -152,3 +155,13 @@ def expert_blocks(model: nn.Module) -> list[nn.Module]:
     if transformers_major() >= 5:
         return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "down_proj")]
     return [m for m in model.modules() if isinstance(m._modules.get("experts"), nn.ModuleList)]
+
+
+def enable_within_the_error_rule(model: nn.Module, ids: torch.Tensor) -> tuple[moe_ext.EnableReport, dict[str, torch.Tensor]]:
+    """Enables every block of `model`; its logits and gradients must obey the error rule. Returns the report, and what they were before."""
+    plain, truth = logits_and_gradients(model, ids), logits_and_gradients(in_float64(model), ids)
+    report = moe_ext.enable(model, strict=True)
+    new = logits_and_gradients(model, ids)
+    for name in truth:
+        assert_accurate(new[name], plain[name], truth[name], name)
+    return report, plain

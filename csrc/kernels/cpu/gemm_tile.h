@@ -29,6 +29,7 @@ constexpr int64_t kPackedBlockSize = (kBlockN + kTileN<A> - 1) / kTileN<A> * kPa
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up_64(int64_t bytes) { return divide_up(bytes, 64) * 64; }
 
 template <class T>
 const T* row_of(const Rows& rows, int64_t r) {

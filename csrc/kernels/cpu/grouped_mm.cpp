@@ -33,8 +33,6 @@ struct ThreadMemory {
   int64_t total() const { return a + b + c; }
 };
 
-int64_t round_up_64(int64_t bytes) { return divide_up(bytes, 64) * 64; }
-
 int64_t max_segments(const GroupedMmParams& p) { return min_of(p.E, p.S) + p.S / kSegmentRows; }
 
 ThreadMemory thread_memory(const GroupedMmParams& p) {

@@ -19,8 +19,6 @@ constexpr int64_t kWgradBlockN = 2 * kBlockN;
 // Gradients that no cache can hold are written past the caches: nothing is read before it is overwritten.
 constexpr int64_t kStreamingBytes = int64_t{64} << 20;
 
-int64_t round_up_64(int64_t bytes) { return divide_up(bytes, 64) * 64; }
-
 struct ThreadMemory {
   int64_t a, b, c;
   explicit ThreadMemory(DType dtype) {
