@@ -1,7 +1,7 @@
 """`enable` a Hugging Face model, `disable` it again, `explain` what would happen.
 
-Everything is detected and proven first and applied only then, so an exception leaves the model as it was. Stacked experts are
-switched through the `experts_implementation` of their configs, module lists by a forward on the block; both are taken back exactly.
+Everything is detected and proven first and applied only then, so an exception leaves the model as it was. Decorated experts are
+switched through the `experts_implementation` of their configs, all others by a method on the instance; both are taken back exactly.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from . import prove as proofs
-from .integrations import detect, module_list, stacked
+from .integrations import detect, patch, stacked
 from .integrations.fallback import DISABLE_VARIABLE, disabled_by_environment
 from .report import BlockReport, EnableError, EnableReport, NoExpertsFound
 
 
 @dataclass
 class _Candidate:
-    """A set of experts on its way into the report; `plan` is what `_apply` needs, where there is one."""
+    """A set of experts on its way into the report, with what `_apply` needs."""
 
     found: detect.Found
     report: BlockReport
-    plan: Any = None
+    plan: stacked.StackedPlan | None = None
+    cuts: list[patch.Cut] = field(default_factory=list)
 
 
 def register() -> None:
@@ -42,7 +43,8 @@ def enable(model: nn.Module, strict: bool = False, prove: bool = True) -> Enable
     """Makes `moe_ext` compute the experts of `model`, in place; returns what was done, block by block.
 
     prove: first run old and new on a few random tokens, forward and backward; a block that does not agree by the error rule
-    (`moe_ext.testing`) is skipped with the figures in its reason.
+    (`moe_ext.testing`) is skipped with the figures in its reason. prove=False spares that for experts behind transformers' decorator,
+    whose flags say their layout; of all others nothing is known without it.
     strict: raise EnableError, which holds the report, when any set of experts would be skipped; the model is then as it was.
 
     Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
@@ -58,9 +60,7 @@ def enable(model: nn.Module, strict: bool = False, prove: bool = True) -> Enable
             c.report.path, c.report.enabled = "original", False
         return report
     _require_experts(model, candidates)
-    for c in candidates:
-        if c.found.formula is not None:
-            _plan(c, prove)
+    _plan(candidates, prove)
     for c in candidates:
         c.report.path = "original" if c.report.reason is not None else c.report.path
     report.seconds = time.perf_counter() - begin
@@ -77,7 +77,7 @@ def disable(model: nn.Module) -> int:
 
     An implementation chosen, or a forward wrapped around ours, since then stays.
     """
-    return sum(stacked.revert(m) + module_list.revert(m) for m in list(model.modules()))
+    return sum(stacked.revert(m) + patch.revert(m) for m in list(model.modules()))
 
 
 def explain(model: nn.Module) -> EnableReport:
@@ -94,7 +94,7 @@ def explain(model: nn.Module) -> EnableReport:
 def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
     """`enable(model, **options)` for the length of a `with` statement; what was enabled before stays enabled."""
     before = {m for m in model.modules() if stacked.is_enabled(m) if stacked.plan_of(m) is not None}
-    before |= {m for m in model.modules() if module_list.is_enabled(m)}
+    before |= {m for m in model.modules() if patch.is_enabled(m)}
     report = enable(model, **options)
     try:
         yield report
@@ -102,7 +102,7 @@ def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
         for m in list(model.modules()):
             if m not in before:
                 stacked.revert(m)
-                module_list.revert(m)
+                patch.revert(m)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- in steps
@@ -110,8 +110,8 @@ def _examine(model: nn.Module) -> list[_Candidate]:
     candidates = []
     for found in detect.find(model):
         report = BlockReport(found.name, type(found.module).__name__, found.layout, reason=found.reason)
-        if found.formula is not None:
-            report.path = found.formula.path
+        if found.reason is None:
+            report.path = found.formula.path if found.formula is not None else "composed" if found.kind == "linear" else "fused"
             report.enabled = _is_enabled(found)
         candidates.append(_Candidate(found, report))
     _reject_shared_configs(candidates)
@@ -121,53 +121,49 @@ def _examine(model: nn.Module) -> list[_Candidate]:
 def _reject_shared_configs(candidates: list[_Candidate]) -> None:
     """Experts with a registry of their own do not know our name: where they share a config with others, none can be switched."""
     foreign = {
-        id(c.found.module.config): c for c in candidates if c.found.kind == "stacked" and not stacked.can_share_config(c.found.module)
+        id(c.found.module.config): c for c in candidates if c.found.kind == "decorated" and not stacked.can_share_config(c.found.module)
     }
     for c in candidates:
-        if c.found.kind == "stacked" and c.found.formula is not None and id(c.found.module.config) in foreign:
+        if c.found.kind == "decorated" and c.found.formula is not None and id(c.found.module.config) in foreign:
             other = foreign[id(c.found.module.config)].found.name
-            c.report.reason = f"its config also steers {other}, which cannot be switched to moe_ext"
-            c.found.formula = None
+            c.found.reason = c.report.reason = f"its config also steers {other}, which cannot be switched to moe_ext"
 
 
 def _require_experts(model: nn.Module, candidates: list[_Candidate]) -> None:
-    if not any(c.found.formula is not None for c in candidates):
+    if not any(c.found.reason is None for c in candidates):
         raise NoExpertsFound(type(model).__name__, [c.report for c in candidates], sum(1 for _ in model.modules()))
 
 
 def _is_enabled(found: detect.Found) -> bool:
-    return stacked.is_enabled(found.module) if found.kind == "stacked" else module_list.is_enabled(found.module)
+    return (
+        stacked.is_enabled(found.module)
+        if found.kind == "decorated"
+        else any(map(patch.is_enabled, (found.module, *found.module.children())))
+    )
 
 
-def _plan(c: _Candidate, prove: bool) -> None:
-    """Fills in the plan, the figures of its proof, and the reason when that fails."""
-    found = c.found
-    assert found.formula is not None
-    if found.kind == "stacked":
-        c.plan = stacked.StackedPlan(found.formula, previous=stacked.previous_implementation(found.module), proven=prove)
-        proof = proofs.attempt(proofs.prove_stacked, found.module, c.plan) if prove else proofs.Proof()
-    else:
-        proof = proofs.attempt(_plan_module_list, c, prove)
-    c.report.figures, c.report.reason = proof.figures, proof.reason
-
-
-def _plan_module_list(c: _Candidate, prove: bool) -> proofs.Proof:
-    block, formula = c.found.module, c.found.formula
-    assert formula is not None
-    weights = module_list.read_weights(block, c.found.projections)
-    if isinstance(weights, str):
-        return proofs.Proof(weights)
-    if weights.tensors()[0].is_meta:
-        return proofs.Proof("could not be proven: its weights are on the meta device")
-    with detect.undisturbed(block):
-        c.plan = module_list.BlockForward(block, c.found.projections, formula.spec, proofs.returns_logits(block), proven=prove)
-        return proofs.prove_module_list(block, c.plan) if prove else proofs.Proof()
+def _plan(candidates: list[_Candidate], prove: bool) -> None:
+    """Fills in plan or cuts, the figures of the proof, and the reason when it fails. What held for one module is tried first on the next."""
+    known: dict[type, list[patch.Cut]] = {}
+    for c in candidates:
+        found = c.found
+        if found.reason is not None:
+            continue
+        if found.kind == "decorated":
+            c.plan = stacked.StackedPlan(found.formula, previous=stacked.previous_implementation(found.module), proven=prove)
+            proof = proofs.attempt(proofs.prove_decorated, found.module, c.plan) if prove else proofs.Proof()
+        else:
+            c.cuts, proof = proofs.search_and_prove(found, known.get(type(found.module)))
+            known[type(found.module)] = c.cuts or known.get(type(found.module), [])
+            if c.cuts:
+                c.report.path = "composed" if any(cut.path == "composed" for cut in c.cuts) else "fused"
+        c.report.figures, c.report.reason = proof.figures, proof.reason
 
 
 def _apply(candidates: list[_Candidate]) -> None:
     """Switches everything that has no reason against it. Skipped experts whose config is switched are told what to run instead."""
-    lists = [c for c in candidates if c.found.kind == "module list"]
-    stacks = [c for c in candidates if c.found.kind == "stacked"]
+    others = [c for c in candidates if c.found.kind != "decorated"]
+    stacks = [c for c in candidates if c.found.kind == "decorated"]
     switched = {id(c.found.module.config) for c in stacks if c.report.reason is None}
     for c in stacks:
         if id(c.found.module.config) in switched:
@@ -176,12 +172,15 @@ def _apply(candidates: list[_Candidate]) -> None:
             c.plan = plan
     for c in stacks:
         stacked.revert(c.found.module)
-        if id(c.found.module.config) in switched:
+        if c.plan is not None and id(c.found.module.config) in switched:
             stacked.apply(c.found.module, c.plan)
-    for c in lists:
+    for c in others:
+        wanted = {(cut.child, cut.attribute) for cut in c.cuts} if c.report.reason is None else set()
+        for name, child in [("", c.found.module), *c.found.module.named_children()]:
+            if not {(name, attribute) for attribute in patch.patches_of(child)} <= wanted:
+                patch.revert(child)
         if c.report.reason is None:
-            module_list.apply(c.found.module, c.plan)
-        else:
-            module_list.revert(c.found.module)
+            for cut in c.cuts:
+                patch.apply(c.found.module, cut)
     for c in candidates:
         c.report.enabled = c.report.reason is None

@@ -7,6 +7,7 @@ the compiled library or any model library: this is the vocabulary that all other
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,29 @@ def check_activation(activation: str, gated: bool, interleaved: bool, alpha: flo
         raise ValueError("interleaved=True means gate and up alternate: it needs gated=True")
 
 
+class Projection(ABC):
+    """Stands for the E matrices `[out, in]` of one projection where they are not plain tensors: quantized, or with adapters on them.
+
+    Lives for one call: whoever reads the weights makes it, with the tensors as they are at that moment. Composed path only.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """E."""
+
+    @abstractmethod
+    def grouped_mm(self, rows: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
+        """`rows [S, in]`, sorted by expert, to `[S, out]` in the dtype of rows; differentiable as `moe_ext.ops.grouped_mm` is."""
+
+    @abstractmethod
+    def __getitem__(self, e: int) -> torch.Tensor:
+        """The matrix `[out, in]` of expert e that `grouped_mm` multiplies with, differentiable too: what the formula reads."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors it consists of."""
+
+
 @dataclass
 class ExpertWeights:
     """The tensors of one set of experts, read at call time; either stacked or one tensor per expert.
@@ -73,20 +97,26 @@ class ExpertWeights:
     `gate_up_bias` `[E, 2I]`, `down_bias` `[E, H]`.
     Per expert: `gate_proj` (None when ungated), `up_proj`, `down_proj` as sequences of E matrices `[out, in]`; biases
     `gate_bias`, `up_bias`, `down_bias` as sequences of E vectors. Sequences are used as they are: no stack, no copy.
+    In place of a stack or a sequence of matrices there may be a `Projection`, whose matrices are `[out, in]` in either form.
     """
 
-    gate_up_proj: torch.Tensor | None = None
-    down_proj: torch.Tensor | Sequence[torch.Tensor] | None = None
+    gate_up_proj: torch.Tensor | Projection | None = None
+    down_proj: torch.Tensor | Sequence[torch.Tensor] | Projection | None = None
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | Sequence[torch.Tensor] | None = None
-    gate_proj: Sequence[torch.Tensor] | None = None
-    up_proj: Sequence[torch.Tensor] | None = None
+    gate_proj: Sequence[torch.Tensor] | Projection | None = None
+    up_proj: Sequence[torch.Tensor] | Projection | None = None
     gate_bias: Sequence[torch.Tensor] | None = None
     up_bias: Sequence[torch.Tensor] | None = None
 
     @property
     def stacked(self) -> bool:
         return self.gate_up_proj is not None
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the fused op can read them: all are plain tensors."""
+        return not any(isinstance(value, Projection) for value in vars(self).values())
 
     @property
     def num_experts(self) -> int:
@@ -99,6 +129,8 @@ class ExpertWeights:
         for value in vars(self).values():
             if isinstance(value, torch.Tensor):
                 found.append(value)
+            elif isinstance(value, Projection):
+                found.extend(value.tensors())
             elif value is not None:
                 found.extend(value)
         return found
@@ -109,7 +141,7 @@ class ExpertWeights:
         if not self.stacked:
             assert self.up_proj is not None
 
-            def pick(seq: Sequence[torch.Tensor] | torch.Tensor | None) -> torch.Tensor | None:
+            def pick(seq: Sequence[torch.Tensor] | Projection | torch.Tensor | None) -> torch.Tensor | None:
                 return None if seq is None else seq[e]
 
             gate = pick(self.gate_proj) if spec.gated else None
@@ -120,7 +152,8 @@ class ExpertWeights:
         assert self.gate_up_proj is not None
         gate_up, down = self.gate_up_proj[e], self.down_proj[e]
         if spec.transposed:
-            gate_up, down = gate_up.T, down.T
+            gate_up = gate_up if isinstance(self.gate_up_proj, Projection) else gate_up.T
+            down = down if isinstance(self.down_proj, Projection) else down.T
         bias = None if self.gate_up_bias is None else self.gate_up_bias[e]
         down_bias = None if self.down_bias is None else self.down_bias[e]
         if not spec.gated:

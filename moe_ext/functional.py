@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .experts import ExpertSpec, ExpertWeights
+from .experts import ExpertSpec, ExpertWeights, Projection
 
 
 def grouped_experts(
@@ -32,12 +32,14 @@ def grouped_experts(
     """
     if path not in ("auto", "fused", "composed"):
         raise ValueError(f"path={path!r} is not one of 'auto', 'fused', 'composed'")
-    if path == "fused" and not spec.fusable:
-        raise ValueError("path='fused' cannot run a gate_fn or a post_norm; use path='auto' or 'composed'")
+    fusable = spec.fusable and weights.fusable
+    if path == "fused" and not fusable:
+        what = "weights that are no plain tensors" if spec.fusable else "a gate_fn or a post_norm"
+        raise ValueError(f"path='fused' cannot run {what}; use path='auto' or 'composed'")
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     index = top_k_index.reshape(-1, top_k_index.shape[-1])
     w = top_k_weights.reshape(-1, top_k_weights.shape[-1])
-    run = _composed if path == "composed" or not spec.fusable else _fused
+    run = _composed if path == "composed" or not fusable else _fused
     return run(x, index, w, weights, spec).reshape(hidden_states.shape)
 
 
@@ -58,25 +60,34 @@ def _composed(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec:
     expert_offsets, row_to_slot, slot_to_row = ops.sort_by_expert(index, weights.num_experts)
     top_k = index.shape[1]
     rows = ops.permute(x, row_to_slot, slot_to_row, top_k)
+    assert weights.down_proj is not None
     if weights.stacked:
-        assert weights.gate_up_proj is not None and weights.down_proj is not None
-        pre_act = ops.grouped_mm(rows, weights.gate_up_proj, expert_offsets, weights.gate_up_bias, transposed=spec.transposed)
-        down_transposed = spec.transposed
+        assert weights.gate_up_proj is not None
+        pre_act = _project(rows, weights.gate_up_proj, expert_offsets, weights.gate_up_bias, spec.transposed)
     else:
-        assert weights.up_proj is not None and weights.down_proj is not None
-        pre_act = ops.grouped_mm(rows, weights.up_proj, expert_offsets, weights.up_bias)
+        assert weights.up_proj is not None
+        pre_act = _project(rows, weights.up_proj, expert_offsets, weights.up_bias)
         if spec.gated:
             assert weights.gate_proj is not None
-            gate = ops.grouped_mm(rows, weights.gate_proj, expert_offsets, weights.gate_bias)
-            pre_act = torch.cat((gate, pre_act), dim=-1)
-        down_transposed = False
+            pre_act = torch.cat((_project(rows, weights.gate_proj, expert_offsets, weights.gate_bias), pre_act), dim=-1)
     if spec.gate_fn is not None:
         act = spec.gate_fn(pre_act)
     else:
         act = ops.gated_activation(
             pre_act, activation=spec.activation, gated=spec.gated, interleaved=spec.interleaved, alpha=spec.alpha, limit=spec.limit
         )
-    y = ops.grouped_mm(act.to(x.dtype), weights.down_proj, expert_offsets, weights.down_bias, transposed=down_transposed)
+    y = _project(act.to(x.dtype), weights.down_proj, expert_offsets, weights.down_bias, spec.transposed and weights.stacked)
     if spec.post_norm is not None:
         y = spec.post_norm(y)
     return ops.unpermute(y, row_to_slot, slot_to_row, top_k, w)
+
+
+def _project(rows: Tensor, weight: Any, expert_offsets: Tensor, bias: Any, transposed: bool = False) -> Tensor:
+    if not isinstance(weight, Projection):
+        return ops.grouped_mm(rows, weight, expert_offsets, bias, transposed=transposed)
+    out = weight.grouped_mm(rows, expert_offsets)
+    if bias is None:
+        return out
+    row = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
+    expert = torch.bucketize(row, expert_offsets[1:], right=True).clamp(max=len(weight) - 1)  # rows past the last offset are not read
+    return out + (bias if isinstance(bias, Tensor) else torch.stack(list(bias)))[expert].to(out.dtype)

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-json", metavar="FILE", help="where test_architectures.py writes what it finds out")
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Seeds torch and sets one thread: on small inputs, threads cost more than they save. Tests about threads set their number."""

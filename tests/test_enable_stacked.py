@@ -46,7 +46,7 @@ def test_experts_obey_the_error_rule(family: str, dtype: torch.dtype, training: 
     before = module(x, index, w)
     report = moe_ext.enable(Holder(module), strict=True)
     assert report.enabled_count == 1 and report.blocks[0].path == PATHS.get(family, "fused")
-    weights, spec = stacked.read_weights(module), stacked.resolve(module, detect.stacked(module).formula)
+    weights, spec = stacked.read_weights(module), detect.stacked(module).formula.resolve(module)
 
     def measure(compute, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w.to(torch.float64 if dtype == torch.float64 else torch.float32))]
@@ -134,7 +134,7 @@ def test_autocast_returns_the_dtype_of_the_input() -> None:
         out = module(x, index, w)
         plain = stacked.run_implementation(module, "eager", x, index, w)
     assert out.dtype == plain.dtype == torch.float32
-    weights, spec = stacked.read_weights(module), stacked.resolve(module, detect.stacked(module).formula)
+    weights, spec = stacked.read_weights(module), detect.stacked(module).formula.resolve(module)
     assert_accurate(out, plain, reference.grouped_experts(x.double(), index, w.double(), weights, spec))
 
 

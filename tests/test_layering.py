@@ -20,10 +20,12 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 RANKS = {
     "experts": 0, "_needs": 0, "testing": 0, "reference": 1, "report": 1,
     "_autograd": 2, "_fake": 2, "ops": 3, "functional": 4, "modules": 5,
-    "integrations.versions": 5, "integrations.fallback": 5, "integrations.detect": 6,
-    "prove": 8, "enable": 9, "__init__": 10, "_command": 11, "doctor": 12, "demo": 12, "cli": 13, "__main__": 14,
+    "integrations.versions": 5, "integrations.fallback": 5, "integrations.quiet": 5, "integrations.routing": 5,
+    "integrations.formulas": 6, "integrations.loops": 6, "integrations.parameters": 6,
+    "integrations.module_list": 8, "integrations.patch": 9, "integrations.detect": 9, "integrations.search": 10, "integrations.stacked": 10,
+    "prove": 11, "enable": 12, "__init__": 13, "_command": 14, "doctor": 15, "demo": 15, "cli": 16, "__main__": 17,
 }  # fmt: skip
-INTEGRATION = 7  # every other module of integrations: they do not import one another
+INTEGRATION = 7  # every other module of integrations, one library each: they do not import one another
 DATA_ONLY = {"experts": set(), "reference": {"experts"}, "testing": set()}  # stand beside: they import nothing of the rest
 
 

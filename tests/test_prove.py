@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import BOTH, Holder, build, build_experts, expert_blocks, needs_tf5
+from models import BOTH, Holder, build, build_experts, expert_blocks, needs_tf5, transformers_major
 from torch import nn
 
 import moe_ext
 from moe_ext import functional
-from moe_ext.integrations import detect
+from moe_ext.integrations import detect, quiet
 
 pytestmark = pytest.mark.tf4
 
@@ -54,7 +54,7 @@ def test_proof_leaves_no_trace(family: str) -> None:
 def test_buffers_that_the_block_writes_are_put_back() -> None:
     module = nn.Linear(2, 2)
     module.register_buffer("count", torch.zeros(1))
-    with detect.undisturbed(module):
+    with quiet.undisturbed(module):
         module.count += 1
         module.train(False)
         torch.rand(3)
@@ -89,7 +89,8 @@ def test_a_wrong_kernel_is_caught_with_figures(broken: str, monkeypatch: pytest.
         assert "moe_ext's" in block.reason and "allowed 2" in block.reason and block.path == "original"
     with pytest.raises(moe_ext.EnableError):
         moe_ext.enable(model, strict=True)
-    assert moe_ext.enable(model, prove=False).enabled_count == 2
+    # Only of decorated experts enough is known without a proof.
+    assert moe_ext.enable(model, prove=False).enabled_count == (2 if transformers_major() >= 5 else 0)
 
 
 def test_an_exception_of_the_block_is_a_reason_and_running_out_of_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

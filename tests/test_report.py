@@ -86,9 +86,9 @@ def test_what_looks_like_experts_is_listed_with_the_reason() -> None:
     with pytest.raises(moe_ext.NoExpertsFound) as error:
         moe_ext.enable(Strange())
     text = str(error.value)
-    assert "my_experts (Stack): w1 (4, 8, 8) are stacked, but not behind" in text
-    assert "layers.{0-2}.experts (ModuleDict): no block" in text
-    assert "block (Module): its experts (Linear) have none of gate_proj/up_proj/down_proj or w1/w3/w2" in text
+    assert "my_experts (Stack): w1 (4, 8, 8) are no two or three matrices per expert beside a router" in text
+    for name in ("layers.{0-2}.experts (ModuleDict)", "block.experts (ModuleList)"):
+        assert f"{name}: its experts (Linear) are not alike MLPs of two or three linear layers beside a router" in text
     assert "conv" not in text
 
 

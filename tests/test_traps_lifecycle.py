@@ -31,14 +31,14 @@ from models import (
 from torch import nn
 
 import moe_ext
-from moe_ext.integrations import module_list, stacked
+from moe_ext.integrations import patch, stacked
 from moe_ext.testing import assert_accurate
 
 pytestmark = pytest.mark.tf4
 
 
 def is_enabled(module: nn.Module) -> bool:
-    return stacked.is_enabled(module) if stacked.plan_of(module) else module_list.is_enabled(module)
+    return stacked.is_enabled(module) if stacked.plan_of(module) else patch.is_enabled(module)
 
 
 def logits(model: nn.Module, seed: int = 0) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_T73_adapters_attached_later_are_never_ignored() -> None:
     moe_ext.disable(model)
     assert torch.equal(after, logits(model))
     report = pytest.raises(moe_ext.NoExpertsFound, moe_ext.enable, model)
-    assert "experts.2.up_proj is a Adapter, not a plain nn.Linear" in str(report.value)
+    assert "experts.2.up_proj is a Adapter, not a linear layer" in str(report.value)
 
 
 @needs_tf5

@@ -1,60 +1,43 @@
-"""Which modules of a model are experts, and by which formula they compute: read off their structure, never off class names.
+"""Which modules of a model look like experts, by their structure alone: nothing is run, no class name is asked.
 
-Stacked experts: the flags that transformers' decorator sets, and 3-D parameters. Module lists: a block with a linear `gate` and
-`experts`, a `ModuleList` of alike gated MLPs. Activations and gates are identified by evaluating them in float64 beside
-`moe_ext.reference`. Everything that looks like experts and is not supported is listed with the reason.
+Behind transformers' decorator (its flags say the layout), stacked or flattened parameters, lists of alike MLPs, grouped linear layers.
+What those without a decorator compute, and where their routing is, is found out by `search` and proven. Everything that looks like
+experts and is not supported is listed with the reason.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..experts import ExpertSpec
-from . import versions
+from . import module_list, parameters, versions
+from .formulas import Formula, activation_name, stacked_formula
+from .quiet import replaced_method, undisturbed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-#: Two functions are the same when they differ by less than this, relative to 1 + |value|, in float64: below the rounding of
-#: float32, and above what a constant written with ten digits makes (the tanh forms of GELU differ by 4e-12).
-SAME_FUNCTION = 2.0**-34
-
-#: The attribute of a block that holds the forward we gave it.
-OUR_FORWARD = "_moe_ext_forward"
-
-#: gate, up and down projection of one expert, by the names that model code uses.
-PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A spec without functions in it (it can be pickled), and which of the module's own functions belong into it at call time."""
-
-    spec: ExpertSpec
-    own_gate: bool = False
-    own_post_norm: bool = False
-
-    @property
-    def path(self) -> str:
-        return "composed" if self.own_gate or self.own_post_norm else "fused"
 
 
 @dataclass
 class Found:
-    """One set of experts: its formula, or the reason why it has none here."""
+    """One set of experts, or a reason why it is none for us.
+
+    kind: "decorated" (with its formula), "stacked" and "listed" (to be searched), "linear" (a grouped linear layer), "other".
+    owner: what is run to see the routing: the module itself where it routes, else the module around it.
+    container: of listed experts, the name of the list in the module, or "" if the module is the list.
+    """
 
     module: nn.Module
-    kind: str  # "stacked", "module list" or "other"
+    kind: str
     layout: str
     formula: Formula | None = None
     reason: str | None = None
-    projections: tuple[str, str, str] = PROJECTION_NAMES[0]  # of a module list
+    owner: nn.Module | None = None
+    container: str = ""
     name: str = ""
 
 
@@ -62,10 +45,11 @@ def find(model: nn.Module) -> list[Found]:
     """Every set of experts in `model`, each module once, in the order of `named_modules`."""
     found: list[Found] = []
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         if module in inside:
             continue
-        one = _examine(name, module)
+        one = _examine(name, module, modules.get(name.rpartition(".")[0]) if name else None)
         if one is not None:
             one.name = name
             found.append(one)
@@ -73,26 +57,34 @@ def find(model: nn.Module) -> list[Found]:
     return found
 
 
-def _examine(name: str, module: nn.Module) -> Found | None:
+def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | None:
     if versions.is_decorated(module):
         return stacked(module)
-    experts = module._modules.get("experts")
-    if isinstance(experts, nn.ModuleList) and len(experts):
-        return module_list(module)
-    return _other(name, module)
+    if versions.is_wrapper(module):  # its parameters are those of an adapter, and what it wraps comes next
+        return None
+    for child_name, child in module._modules.items():
+        if type(child) in (nn.ModuleList, nn.ModuleDict) and _are_experts(child) and _routes(module, child):
+            return _listed(module, child_name, module)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if type(module).__module__.startswith("torch.nn.") or not _are_experts(module) or parent is None or not _routes(parent, module):
+            return _other(name, module)
+        return _listed(module, "", parent)
+    if type(module).__module__.startswith("torch.nn."):
+        return None
+    return _stacks(module, parent) or _other(name, module)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- stacked
+# --------------------------------------------------------------------------------------------------------------------- decorated
 def stacked(module: nn.Module) -> Found:
     """Experts behind transformers' decorator. The flags say the layout; shapes are never asked (square weights are ambiguous)."""
-    found = Found(module, "stacked", _stacked_layout(module))
-    found.reason = _stacked_reason(module)
+    found = Found(module, "decorated", _decorated_layout(module))
+    found.reason = _decorated_reason(module)
     if found.reason is None:
         found.formula = stacked_formula(module)
     return found
 
 
-def _stacked_layout(module: nn.Module) -> str:
+def _decorated_layout(module: nn.Module) -> str:
     rows = "2I" if module.has_gate else "I"
     words = [f"stacked [E,H,{rows}]" if module.is_transposed else f"stacked [E,{rows},H]"]
     words += ["interleaved"] if module.has_gate and not module.is_concatenated else []
@@ -100,7 +92,7 @@ def _stacked_layout(module: nn.Module) -> str:
     return ", ".join(words)
 
 
-def _stacked_reason(module: nn.Module) -> str | None:
+def _decorated_reason(module: nn.Module) -> str | None:
     if versions.registry_of(module) is not versions.experts_registry():
         return f"its class runs through a registry of its own, {type(versions.registry_of(module)).__name__}"
     if versions.experts_implementation(module) in versions.LOCKED_IMPLEMENTATIONS:
@@ -116,7 +108,7 @@ def _stacked_reason(module: nn.Module) -> str | None:
         if t.dim() != dim:
             return f"{name} has shape {tuple(t.shape)}, expected {dim} dimensions"
         dtypes.add(t.dtype)
-    return _dtype_reason(dtypes) or replaced_forward(module)
+    return _dtype_reason(dtypes) or replaced_method(module)
 
 
 def _dtype_reason(dtypes: set[torch.dtype]) -> str | None:
@@ -128,216 +120,145 @@ def _dtype_reason(dtypes: set[torch.dtype]) -> str | None:
     return None
 
 
-def own_formula(module: nn.Module) -> Formula:
-    """The formula that leaves gate, activation and norm to the module: right for every decorated class, and never fused."""
-    spec = ExpertSpec(gated=module.has_gate, transposed=module.is_transposed, interleaved=module.has_gate and not module.is_concatenated)
-    return Formula(spec, own_gate=True, own_post_norm=module.has_post_expert_norm)
-
-
-def stacked_formula(module: nn.Module) -> Formula:
-    """The formula with the gate recognised, if it is one of `reference.activation`; else `own_formula`."""
-    own = own_formula(module)
-    with undisturbed(module):
-        if module.has_gate:
-            specs = [replace(own.spec, **options) for options in _gate_candidates(module)]
-            match = next((spec for spec in specs if _same_gate(module._apply_gate, spec)), None)
-        else:
-            name = activation_name(module.act_fn)
-            match = None if name is None else replace(own.spec, activation=name)
-    return own if match is None else replace(own, spec=match, own_gate=False)
-
-
-def _gate_candidates(module: nn.Module) -> Iterator[dict[str, Any]]:
-    act_fn = getattr(module, "act_fn", None)
-    name = None if act_fn is None else activation_name(act_fn)
-    names = ["silu"] if name is None else [name]
-    limits = [None, *_numbers(module, "limit")]
-    for limit in limits:
-        yield from ({"activation": name, "limit": limit} for name in names)
-        yield from ({"activation": "swigluoai", "alpha": alpha, "limit": limit} for alpha in _numbers(module, "alpha"))
-
-
-def _numbers(module: nn.Module, word: str) -> list[float]:
-    """Positive numbers among the attributes whose name ends in `word`: `limit` and `swiglu_limit`, `alpha` and `swiglu_alpha`."""
-    values = (value for name, value in vars(module).items() if name.endswith(word))
-    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0]
-
-
-def _same_gate(gate: Callable[[Tensor], Tensor], spec: ExpertSpec) -> bool:
-    # Random signs and magnitudes from well inside to well beyond any clamp, both halves independently.
-    generator = torch.Generator("cpu").manual_seed(0)
-    reach = 4 * max(1.0, spec.limit or 0.0)
-    x = torch.randn(256, 32, generator=generator, dtype=torch.float64, device="cpu")
-    x = x * torch.logspace(-2, 0, 256, dtype=torch.float64, device="cpu")[:, None] * reach
-    return _same(gate, x, reference.activation(x, spec))
-
-
-# ------------------------------------------------------------------------------------------------------------------- activations
-def activation_name(act_fn: Callable[[Tensor], Tensor]) -> str | None:
-    """The name in `ACTIVATIONS` of a function or module, or None. One with parameters or buffers is never recognised: it can change."""
-    if isinstance(act_fn, nn.Module) and (any(True for _ in act_fn.parameters()) or any(True for _ in act_fn.buffers())):
+# ------------------------------------------------------------------------------------------------------------------ own parameters
+def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
+    stacks = parameters.stacks(module)
+    cubes = [t for t in stacks.values() if t.dim() == 3]
+    own = [p for p in module._parameters.values() if p is not None]
+    arguments = len(inspect.signature(type(module).forward).parameters) - 1
+    linear = grouped_linears(module)
+    if linear and (arguments == 1 or "" in linear):
+        reasons = (replaced_method(child) for child in linear.values())
+        reason = _dtype_reason({t.dtype for t in cubes}) or next((r for r in reasons if r is not None), None)
+        return Found(
+            module,
+            "linear",
+            "grouped linear, " + ", ".join(f"{n} {list(t.shape)}" for n, t in stacks.items() if t.dim() == 3),
+            reason=reason,
+        )
+    if parent is None or not parameters.has_stacks(module) or not (arguments > 1 or any(p.dim() == 3 for p in own)):
         return None
-    near = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
-    x = torch.cat([near, torch.tensor([-1000.0, -100.0, -30.0, 30.0, 100.0, 1000.0], dtype=torch.float64, device="cpu")])
-    for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
-        if _same(act_fn, x, reference.activation(x, ExpertSpec(activation=name, gated=False))):
-            return name
-    return None
+    if any(len([p for p in child.parameters(recurse=False) if p.dim() == 3]) > 1 for child in module.children()):
+        return None  # these are the experts of a child
+    if not _routes(parent, module, cubes[0].shape[0] if cubes else None):
+        return None
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in stacks.items() if t.dim() == (3 if cubes else 2))
+    layout = f"stacked, {shapes}" if cubes else f"flattened, {shapes}"
+    reason = _dtype_reason({t.dtype for t in stacks.values()}) or replaced_method(module)
+    return Found(module, "stacked", layout, reason=reason, owner=parent)
 
 
-def _same(function: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
-    try:
-        value = function(x)
-    except Exception:  # whatever an unknown function raises on such input, it is not the one that was expected
-        return False
-    if not isinstance(value, Tensor) or value.shape != expected.shape:
-        return False
-    return bool(((value.double() - expected).abs() <= SAME_FUNCTION * (1 + expected.abs())).all())
+def grouped_linears(module: nn.Module) -> dict[str, nn.Module]:
+    """Children with one matrix per expert that are called with rows and their counts; the module itself, as "", if it is one."""
+
+    def is_one(m: nn.Module) -> bool:
+        own = [p for p in m._parameters.values() if p is not None]
+        called = inspect.signature(type(m).forward).parameters
+        return len(own) == 1 and own[0].dim() == 3 and own[0].shape[0] > 1 and not m._modules and len(called) == 3
+
+    if is_one(module):
+        return {"": module}
+    found = {name: child for name, child in module._modules.items() if child is not None and is_one(child)}
+    return found if len(found) > 1 else {}
 
 
-# ------------------------------------------------------------------------------------------------------------------- module list
-def module_list(block: nn.Module) -> Found:
-    """A block with `experts`, a ModuleList, whose forward is a linear `gate`, softmax, top-k, and those experts.
+def _routes(owner: nn.Module, experts: nn.Module, count: int | None = None) -> bool:
+    """Whether `owner` holds, beside the experts, a matrix that may map hidden states to scores: one with a side of E."""
+    if count is None:
+        is_list = isinstance(experts, (nn.ModuleList, nn.ModuleDict))
+        sides = {len(module_list.members(experts)), len(experts._modules)} if is_list else None  # type: ignore[arg-type]
+    else:
+        sides = {count}
+    inside = {id(p) for p in experts.parameters()}
+    return any(
+        p.dim() == 2 and id(p) not in inside and (sides is None or not sides.isdisjoint(p.shape) or p.numel() != p.shape[0] * p.shape[1])
+        for p in _near_parameters(owner, 2)
+    )
 
-    The structure only makes this likely; what the block computes is proven on the block itself.
-    """
-    found = Found(block, "module list", "module list")
-    names = next((n for n in PROJECTION_NAMES if all(hasattr(block.experts[0], p) for p in n)), None)
-    if names is None:
-        found.reason = f"its experts ({type(block.experts[0]).__name__}) have none of {' or '.join('/'.join(n) for n in PROJECTION_NAMES)}"
-        return found
-    found.projections = names
-    found.reason = _router_reason(block) or _experts_reason(block, names) or replaced_forward(block)
+
+def _near_parameters(module: nn.Module, depth: int) -> Iterator[nn.Parameter]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    if depth:
+        for child in module._modules.values():
+            if child is not None:
+                yield from _near_parameters(child, depth - 1)
+
+
+# -------------------------------------------------------------------------------------------------------------------- module lists
+def _are_experts(container: Any) -> bool:
+    """Several modules of one class, each of two or three linear layers and things without parameters."""
+    experts = module_list.members(container)
+    return len(experts) > 1 and len({type(e) for e in experts}) == 1 and linears(experts[0]) is not None
+
+
+def linears(expert: nn.Module) -> dict[str, nn.Module] | None:
+    """The linear layers of one expert, or None where it is something else."""
+    if type(expert).__module__.startswith("torch.nn.") or expert._parameters:
+        return None
+    found = {n: m for n, m in expert._modules.items() if m is not None and hasattr(m, "in_features") and hasattr(m, "out_features")}
+    others = [m for n, m in expert._modules.items() if m is not None and n not in found]
+    return found if len(found) in (2, 3) and not any(True for m in others for _ in m.parameters()) else None
+
+
+def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
+    found = Found(module, "listed", "module list", owner=owner, container=container)
+    experts = module_list.container_of(module, container)
+    found.reason = replaced_method(module) or _experts_reason(experts, container or "expert")
     if found.reason is None:
-        with undisturbed(block):
-            activation, found.reason = _common_activation(block)
-        if activation is not None:
-            found.formula = Formula(ExpertSpec(activation=activation))
+        with undisturbed(experts):
+            found.reason = _activation_reason(experts)
     return found
 
 
-def _router_reason(block: nn.Module) -> str | None:
-    gate = block._modules.get("gate")
-    if gate is None:
-        return "it has no `gate`"
-    if getattr(gate, "out_features", None) != len(block.experts):
-        return f"its gate ({type(gate).__name__}) is not a linear layer with one output for each of the {len(block.experts)} experts"
-    top_k = getattr(block, "top_k", None)
-    if not isinstance(top_k, int) or not 0 < top_k <= len(block.experts):
-        return f"its top_k is {top_k!r}"
-    others = [name for name, child in block._modules.items() if child is not None and name not in ("gate", "experts")]
-    if others or block._parameters:
-        return f"it also has {', '.join([*others, *block._parameters])}"
+def _experts_reason(container: nn.Module, label: str) -> str | None:
+    experts = module_list.members(container)
+    first: list[Any] | None = None
+    for i, expert in enumerate(experts):
+        found = linears(expert) or {}
+        shapes = [(n, m.in_features, m.out_features, m.bias is not None) for n, m in found.items()]
+        first = first or shapes
+        for name, *_ in first:
+            if name not in found and not hasattr(child := getattr(expert, name, None), "in_features"):
+                return f"{label}.{i}.{name} is a {type(child).__name__}, not a linear layer"
+        if shapes != first:
+            return f"{label}.{i} differs in shapes or biases from {label}.0"
+        reason = replaced_method(expert)
+        if reason:
+            return f"{label}.{i}: {reason}"
+        for name, child in expert._modules.items():
+            if isinstance(child, nn.Dropout) and child.p > 0:
+                return f"{label}.{i}.{name} drops out with p={child.p}, between its projections"
     return None
 
 
-def _experts_reason(block: nn.Module, names: tuple[str, str, str]) -> str | None:
-    first = block.experts[0]
-    weights, biases, dtypes = None, None, set()
-    for i, expert in enumerate(block.experts):
-        linears: list[Any] = [getattr(expert, name, None) for name in names]
-        for name, linear in zip(names, linears, strict=True):
-            if type(linear) is not nn.Linear:
-                return f"experts.{i}.{name} is a {type(linear).__name__}, not a plain nn.Linear"
-            if type(linear.weight) not in (Tensor, nn.Parameter):
-                return f"experts.{i}.{name}.weight is a {type(linear.weight).__name__}, not a plain tensor"
-            dtypes |= {t.dtype for t in linear._parameters.values() if t is not None}
-        if set(expert._modules) != set(first._modules) or len(expert._modules) > len(names) + 1:
-            return f"experts.{i} consists of {', '.join(expert._modules)}, more or other than an activation and {', '.join(names)}"
-        shapes, biased = [linear.weight.shape for linear in linears], [linear.bias is not None for linear in linears]
-        weights, biases = weights or shapes, biases or biased
-        if shapes != weights or biased != biases:
-            return f"experts.{i} differs in shapes or biases from experts.0"
-        expert_patch = replaced_forward(expert)
-        if expert_patch:
-            return f"experts.{i}: {expert_patch}"
-    return _dtype_reason(dtypes)
-
-
-def _common_activation(block: nn.Module) -> tuple[str | None, str | None]:
-    """The activation that all experts share, or the reason why there is none."""
+def _activation_reason(container: nn.Module) -> str | None:
     names: dict[int, str | None] = {}
-    for expert in block.experts:
+    for expert in module_list.members(container):
         act_fn = getattr(expert, "act_fn", None)
-        if act_fn is None:
-            return None, f"its experts ({type(expert).__name__}) have no act_fn"
-        if id(act_fn) not in names:
+        if act_fn is not None and id(act_fn) not in names:
             names[id(act_fn)] = activation_name(act_fn)
-        if names[id(act_fn)] is None:
-            return None, f"act_fn {getattr(act_fn, '__name__', type(act_fn).__name__)} of its experts is not known"
+            if names[id(act_fn)] is None:
+                return f"act_fn {getattr(act_fn, '__name__', type(act_fn).__name__)} of its experts is not known"
     if len(set(names.values())) > 1:
-        return None, f"its experts have different activations: {', '.join(sorted(set(map(str, names.values()))))}"
-    return next(iter(names.values())), None
+        return f"its experts have different activations: {', '.join(sorted(map(str, set(names.values()))))}"
+    return None
 
 
 # -------------------------------------------------------------------------------------------------------------------------- other
 def _other(name: str, module: nn.Module) -> Found | None:
     """Weights that look like experts, with the reason why they are not supported."""
     last = name.rpartition(".")[2].lower()
-    classes = [c.__module__ for c in type(module).__mro__]
-    if classes[0].startswith("moe_ext."):
+    if type(module).__module__.startswith("moe_ext."):
         return Found(module, "other", "moe_ext", reason=f"it is a moe_ext.{type(module).__name__} already")
-    if classes[0].startswith("torch.nn.") and not isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+    if ("expert" not in last and "expert" not in type(module).__name__.lower()) or "shared" in last:
         return None
-    looks = "expert" in last or "expert" in type(module).__name__.lower()
     stacks = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() == 3]
-    if stacks and (looks or "moe" in last or "moe" in type(module).__name__.lower()):
-        reason = f"{', '.join(stacks)} are stacked, but not behind transformers' use_experts_implementation, so their layout is unknown"
-        return Found(module, "other", "stacked", reason=reason)
-    if looks and isinstance(module, (nn.ModuleDict, nn.ModuleList)) and len(module) > 1:
-        return Found(module, "other", type(module).__name__, reason="no block that holds it as a ModuleList `experts` beside its `gate`")
-    if looks and (any(True for _ in module.parameters(recurse=False)) and "shared" not in last):
-        return Found(module, "other", "unknown", reason="its weights are neither stacked in three dimensions nor a ModuleList")
+    if stacks:
+        return Found(module, "other", "stacked", reason=f"{', '.join(stacks)} are no two or three matrices per expert beside a router")
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList)) and len(module) > 1:
+        one = next(iter(module._modules.values()))
+        reason = f"its experts ({type(one).__name__}) are not alike MLPs of two or three linear layers beside a router"
+        return Found(module, "other", type(module).__name__, reason=reason)
+    if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return Found(module, "other", "unknown", reason="its weights are neither stacked in three dimensions nor a list of MLPs")
     return None
-
-
-def replaced_forward(module: nn.Module) -> str | None:
-    """The reason not to touch a module whose forward was replaced on the instance: hooks of accelerate, patches of others."""
-    forward = module.__dict__.get("forward")
-    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
-        return None
-    if OUR_FORWARD in module.__dict__:  # ours, or a wrapper put around ours
-        return None
-    by = getattr(forward, "__qualname__", type(forward).__name__)
-    return f"its forward was replaced on the instance (by {by} of {getattr(forward, '__module__', 'unknown origin')})"
-
-
-# -------------------------------------------------------------------------------------------------------------------------- quiet
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves no trace on `module`: no hook of it is called, and its buffers, its training flags and the
-    random state are afterwards what they were. Gradients are on, autocast is off.
-    """
-    modules = list(module.modules())
-    hooks = [(m, {name: m.__dict__[name] for name in _HOOKS if m.__dict__.get(name)}) for m in modules]
-    hooks = [(m, saved) for m, saved in hooks if saved]
-    training = [m.training for m in modules]
-    buffers = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None and not b.is_meta]
-    devices = {p.device for p in module.parameters() if p.is_cuda}
-    kind = next(iter(devices)).type if devices else "cpu"
-    with (
-        torch.random.fork_rng(devices=sorted(d.index for d in devices), device_type="cuda"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(kind, enabled=False),
-    ):
-        try:
-            for m, saved in hooks:
-                m.__dict__.update({name: type(value)() for name, value in saved.items()})
-            yield
-        finally:
-            for m, saved in hooks:
-                m.__dict__.update(saved)
-            for m, mode in zip(modules, training, strict=True):
-                m.__dict__["training"] = mode  # what setting it does, without a look for a submodule of that name
-            for m, n, buffer, value in buffers:
-                m._buffers[n] = buffer
-                if not torch.equal(buffer, value):
-                    with torch.no_grad():
-                        buffer.copy_(value)

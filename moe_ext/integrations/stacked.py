@@ -8,7 +8,7 @@ is in no state_dict.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import functional
-from ..experts import ExpertSpec, ExpertWeights
-from . import detect, versions
+from ..experts import ExpertWeights
+from . import detect, formulas, peft, quiet, versions
 from .fallback import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
+from .quiet import replaced_method
 
 #: The name in transformers' registry of experts implementations.
 IMPLEMENTATION = "moe_ext"
@@ -30,7 +31,7 @@ _PLAN = "_moe_ext_plan"
 class StackedPlan:
     """How one module is run: `reason` says why its previous implementation keeps running, or is None."""
 
-    formula: detect.Formula | None
+    formula: formulas.Formula | None
     reason: str | None = None
     previous: str | None = field(default=None)
     proven: bool = False
@@ -49,6 +50,16 @@ def register() -> None:
     registry = versions.experts_registry()
     if registry.get(IMPLEMENTATION) is not experts_forward:
         type(registry).register(IMPLEMENTATION, experts_forward)
+    peft.defer_activation(runs_ours)
+
+
+def runs_ours(module: nn.Module, name: str) -> bool:
+    """Whether a call of `module` ends in `experts_forward`, and `name` is one of the two stacks that adapters can be read for there."""
+    if getattr(getattr(module, "config", None), "_experts_implementation", None) != IMPLEMENTATION:
+        return False
+    if plan_of(module) is None and not (versions.is_decorated(module) and can_share_config(module)):
+        return False
+    return name in stack_names(module) and replaced_method(module) is None
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -59,33 +70,38 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     reason = plan.reason
     if reason is None and disabled_by_environment():
         reason = f"{DISABLE_VARIABLE} is set"
-    if reason is None:
-        weights = read_weights(self)
-        reason = _unusable(weights, hidden_states)
-        if reason is None:
-            assert plan.formula is not None
-            out = functional.grouped_experts(hidden_states, top_k_index, top_k_weights, weights, resolve(self, plan.formula))
-            return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)  # autocast computes in its own dtype
-    log_once(f"{type(self).__name__} runs its own {plan.previous or 'eager'} implementation: {reason}")
-    return run_implementation(self, plan.previous, hidden_states, top_k_index, top_k_weights)
+    weights = reason or _read_adapted(self, hidden_states)
+    if isinstance(weights, ExpertWeights):
+        assert plan.formula is not None
+        out = functional.grouped_experts(hidden_states, top_k_index, top_k_weights, weights, plan.formula.resolve(self))
+        return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)  # autocast computes in its own dtype
+    log_once(f"{type(self).__name__} runs its own {plan.previous or 'eager'} implementation: {weights}")
+    with peft.activated(self):
+        return run_implementation(self, plan.previous, hidden_states, top_k_index, top_k_weights)
+
+
+def _read_adapted(module: nn.Module, hidden_states: Tensor) -> ExpertWeights | str:
+    """The weights with the adapters that PEFT has on them now, or the reason why they cannot be used."""
+    weights = read_weights(module)
+    if peft.is_materialised(module):
+        log_once(f"{type(module).__name__}: PEFT adds its adapters to all its weights; to run them grouped, call moe_ext.enable(model) again")
+    return _unusable(weights, hidden_states) or peft.with_adapters(module, weights, stack_names(module), module.is_transposed)
+
+
+def stack_names(module: nn.Module) -> tuple[str, str]:
+    """The names of the two stacks of weights."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
 def read_weights(module: nn.Module) -> ExpertWeights:
     """The tensors that `module` computes with at this moment."""
+    gate_up, down = stack_names(module)
     return ExpertWeights(
-        gate_up_proj=module.gate_up_proj if module.has_gate else module.up_proj,
-        down_proj=module.down_proj,
+        gate_up_proj=getattr(module, gate_up),
+        down_proj=getattr(module, down),
         gate_up_bias=None if not module.has_bias else module.gate_up_proj_bias if module.has_gate else module.up_proj_bias,
         down_bias=module.down_proj_bias if module.has_bias else None,
     )
-
-
-def resolve(module: nn.Module, formula: detect.Formula) -> ExpertSpec:
-    """The spec of a formula with the module's own functions in it, as they are at this moment."""
-    if not (formula.own_gate or formula.own_post_norm):
-        return formula.spec
-    gate = (module._apply_gate if module.has_gate else module.act_fn) if formula.own_gate else None
-    return replace(formula.spec, gate_fn=gate, post_norm=module.post_expert_norm if formula.own_post_norm else None)
 
 
 def run_implementation(module: nn.Module, implementation: str | None, *args: Tensor) -> Tensor:
@@ -139,7 +155,7 @@ def _plan_on_first_use(module: nn.Module) -> StackedPlan:
     """The plan of a module that was given the name "moe_ext" without `enable`: detected, but not proven."""
     if torch.compiler.is_compiling():
         # The formula cannot be probed inside a graph; the module's own functions need no probing.
-        return StackedPlan(detect.own_formula(module))
+        return StackedPlan(formulas.own_formula(module))
     found = detect.stacked(module)
     plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION)
     setattr(module, _PLAN, plan)

@@ -84,3 +84,9 @@ def set_experts_implementation(module: nn.Module, value: str | None) -> None:
     config: Any = module.config
     name = "_experts_implementation_internal" if hasattr(config, "_experts_implementation_internal") else "_experts_implementation"
     setattr(config, name, value)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT has put this module around another one: the other is its `base_layer`."""
+    # Delete when PEFT no longer wraps modules whose parameters it targets.
+    return module._modules.get("base_layer") is not None

@@ -1,0 +1,212 @@
+"""Methods of model code that route inline and then loop over their experts: the loop alone is replaced, in a copy of their code.
+
+    logits = self.gate(x) ...            stays: the model's router, noise, casts
+    mask = one_hot(index) ...            dropped: nothing but the loop read it
+    for e in hit: out.index_add_(...)    out = experts(x, index, weights)
+    return out + self.shared(x), logits  stays: shared experts, what is returned
+
+The copy is made from the method's source and runs among the globals of the original, so whatever it calls is still the model's own.
+Which variables hold the routing is read off a run (`routing.readings`) and proven like everything else.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Routing, readings
+
+_PROBE = "probe"
+_EXPERTS = "experts"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop of a method: its number among those over experts, the variable that it fills, and whether rows of that variable which
+    no expert computes keep what they held before.
+    """
+
+    number: int
+    result: str
+    keeps: bool = False
+
+
+class Uncopied(Exception):
+    """Why the code of a method cannot be copied."""
+
+
+def find(cls: Any, attribute: str, container: str) -> int:
+    """How many loops over `self.<container>` there are in a method; raises Uncopied where its code cannot be had."""
+    return len(_loops(_source(cls, attribute), container))
+
+
+def observe(module: nn.Module, attribute: str, container: str, number: int, *args: Any) -> dict[str, Any]:
+    """The local variables before a loop, on a run of the method that ends there; empty if it is not reached."""
+    seen: dict[str, Any] = {}
+
+    class _Reached(BaseException):
+        pass
+
+    def probe(values: Mapping[str, Any]) -> None:
+        seen.update(values)
+        raise _Reached
+
+    cls: Any = type(module)
+    method = _compiled(cls, attribute, container, number, None, None)
+    try:
+        method(module, *args, **{_PROBE: probe})
+    except _Reached:
+        seen.pop("self", None)
+    return seen
+
+
+def candidates(
+    cls: type, attribute: str, container: str, number: int, values: Mapping[str, Any], hidden: int, experts: int, identity: bool
+) -> Iterator[tuple[Loop, Routing]]:
+    """Every reading of the variables before the loop, with every variable that the loop may fill."""
+    function = _source(cls, attribute)
+    loop = _loops(function, container)[number][1]
+    inside, behind = _names(loop), _names_behind(function, loop)
+    for routing in readings(values, hidden, experts, identity):
+        x = values[routing.hidden_states]
+        for name in sorted(inside & behind - {routing.hidden_states, routing.index, routing.weights}):
+            result = values.get(name)
+            if isinstance(result, Tensor) and result.is_floating_point() and result.shape == x.shape:
+                yield Loop(number, name), routing
+                if not bool((result == 0).all()):
+                    yield Loop(number, name, keeps=True), routing
+
+
+def without(cls: Any, attribute: str, container: str, loop: Loop, routing: Routing) -> Callable[..., Any]:
+    """The method with its loop replaced by a call of its keyword argument `experts`.
+
+    That is given the values that hold the routing, by name, and returns rows in the shape of the hidden states.
+    """
+    return _compiled(cls, attribute, container, loop.number, loop, routing)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- source
+@functools.lru_cache(maxsize=256)
+def _compiled(cls: Any, attribute: str, container: str, number: int, loop: Loop | None, routing: Routing | None) -> Callable[..., Any]:
+    original = getattr(cls, attribute)
+    function = _source(cls, attribute)
+    body, node = _loops(function, container)[number]
+    if loop is None:
+        text, argument = f"{_PROBE}(locals())", _PROBE
+    else:
+        assert routing is not None
+        names = [n for n in (routing.hidden_states, routing.index, routing.weights) if n is not None] + [loop.result] * loop.keeps
+        text = f"{loop.result} = {_EXPERTS}({{{', '.join(f'{n!r}: {n}' for n in names)}}})"
+        argument = _EXPERTS
+    position = body.index(node)
+    body[position : position + (loop is not None)] = ast.parse(text).body
+    if loop is not None:
+        _drop_unread(function, body)
+    function.args.kwonlyargs.append(ast.arg(argument))
+    function.args.kw_defaults.append(None)
+    tree = ast.fix_missing_locations(ast.Module([function], []))
+    ast.increment_lineno(tree, original.__code__.co_firstlineno - 1)
+    code = compile(tree, original.__code__.co_filename, "exec", dont_inherit=True)
+    inner = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == function.name)
+    copied = types.FunctionType(inner, original.__globals__, function.name, original.__defaults__)
+    copied.__kwdefaults__ = original.__kwdefaults__
+    return copied
+
+
+def _source(cls: type, attribute: str) -> ast.FunctionDef:
+    function = getattr(cls, attribute)
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+        raise Uncopied(f"its {attribute} is wrapped or is no plain function")
+    if function.__code__.co_freevars:
+        raise Uncopied(f"its {attribute} refers to variables around it ({', '.join(function.__code__.co_freevars)})")
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError) as error:
+        raise Uncopied(f"the source of its {attribute} is not available ({error})") from error
+    node = ast.parse(textwrap.dedent(text)).body[0]
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+        raise Uncopied(f"its {attribute} is decorated")
+    node.returns = None
+    for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+        argument.annotation = None
+    node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]  # the real ones are taken from the original
+    node.args.kw_defaults = [d and ast.Constant(None) for d in node.args.kw_defaults]
+    return node
+
+
+def _loops(function: ast.FunctionDef, container: str) -> list[tuple[list[ast.stmt], ast.For]]:
+    """Outermost loops that mention `self.<container>`, each with the list of statements it is in."""
+    found: list[tuple[list[ast.stmt], ast.For]] = []
+
+    def visit(body: list[ast.stmt]) -> None:
+        for statement in body:
+            if isinstance(statement, ast.For) and any(_is_own(node, container) for node in ast.walk(statement)):
+                found.append((body, statement))
+                continue
+            for name in ("body", "orelse", "finalbody"):
+                visit(getattr(statement, name, []))
+
+    visit(function.body)
+    return found
+
+
+def _is_own(node: ast.AST, attribute: str) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _names_behind(function: ast.FunctionDef, loop: ast.For) -> set[str]:
+    nodes = [n for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    return {n.id for n in nodes if n.lineno > (loop.end_lineno or loop.lineno)}
+
+
+def _drop_unread(function: ast.FunctionDef, body: list[ast.stmt]) -> None:
+    """Drops assignments beside the loop that only the loop read, and what only those read. Calls of the module's own are kept."""
+    while True:
+        loads = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+        stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        unread = [s for s in body if _is_unread(s, body, loads, stores)]
+        if not unread:
+            return
+        for statement in unread:
+            body.remove(statement)
+
+
+def _is_unread(statement: ast.stmt, body: list[ast.stmt], loads: list[str], stores: list[str]) -> bool:
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
+        return False
+    name = statement.targets[0].id
+    if any(isinstance(n, ast.Call) and "self" in _names(n.func) for n in ast.walk(statement.value)):
+        return False
+    if name not in loads:
+        return stores.count(name) == 1
+    # Overwritten before it is read: the start value of what the loop filled.
+    later = body[body.index(statement) + 1 :]
+    for follower in later:
+        if isinstance(follower, ast.Assign) and name in {n.id for t in follower.targets for n in ast.walk(t) if isinstance(n, ast.Name)}:
+            return name not in _names(follower.value)
+        if name in _names(follower):
+            return False
+    return False
+
+
+def like_result(out: Tensor, index: Tensor, values: Mapping[str, Any], routing: Routing, loop: Loop | None) -> Tensor:
+    """Rows `[N, H]` in the shape and dtype of the hidden states."""
+    x = values[routing.hidden_states]
+    out = out.reshape(x.shape)
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    if loop is None or not loop.keeps:
+        return out
+    return torch.where((index >= 0).any(dim=1).reshape(*x.shape[:-1], 1), out, values[loop.result])
