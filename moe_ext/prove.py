@@ -58,20 +58,26 @@ def attempt(proof: Callable[..., Proof], *args: Any) -> Proof:
 
 
 def _judge(old: _Results, new: _Results, plain: _Results, truth: _Results, terms: int) -> Proof:
-    """Applies the error rule to every quantity that the truth has; `terms` is the length of the sums behind them."""
+    """Applies the error rule to every quantity that the truth has; `terms` is the length of the sums behind them.
+
+    The model's own code is plain PyTorch as well: of its error and that of the formula the larger is what new is measured by.
+    """
     proof = Proof()
     for name, exact in truth.items():
         expected = plain[name]
         assert exact is not None and expected is not None
         if not bool(torch.isfinite(exact).all()):
             return Proof(f"could not be proven: its {name} is not finite; are the weights initialised?")
+        own = 0.0
         if name in old:
             report = _measure(old[name], expected, exact, terms)
             if not report.ok:
                 return Proof(f"its formula is another than the one detected: {name} of its own code has {report}")
+            own = report.new
         if name not in new:
             continue
         report = _measure(new[name], expected, exact, terms)
+        report = ErrorReport(report.new, max(report.plain, own))
         proof.figures[name] = report
         if not report.ok:
             return Proof(f"moe_ext's {name} has {report}", proof.figures)
@@ -452,7 +458,7 @@ def _prove_loop(found: Found, cut: Experts, place: search.Place, weights: Expert
     block, proof = found.module, Proof()
     for training in place.modes:
         block.train(training)
-        one = _prove_mode(found, cut, weights, training)
+        one = _prove_mode(found, cut, weights, training, (None,) * place.nones)
         mode = "training" if training else "evaluation"
         proof.figures |= {f"{name}, {mode}": report for name, report in one.figures.items()}
         if one.reason is not None:
@@ -460,12 +466,12 @@ def _prove_loop(found: Found, cut: Experts, place: search.Place, weights: Expert
     return proof
 
 
-def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bool) -> Proof:
+def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bool, rest: tuple[None, ...]) -> Proof:
     block = found.module
     like, hidden, inner = _sizes(_subset(weights, [0]), cut.formula.spec)
     x = _related_tokens(hidden, _count(inner), like)
     grad = _normal(x.shape, x, 1)
-    names = _trainable_names(found, cut, x) if training else []
+    names = _trainable_names(found, cut, (x, *rest)) if training else []
 
     def run(compute: Callable[..., Any], quick: bool) -> tuple[list[Any], _Results, Tensor]:
         wanted = [] if quick else names
@@ -488,7 +494,7 @@ def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bo
 
     def through(compute: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
         def call(leaf: Tensor) -> Any:
-            out = cut.run(block, (leaf,), {}, compute)
+            out = cut.run(block, (leaf, *rest), {}, compute)
             if isinstance(out, Refusal):
                 raise RuntimeError(out.reason)
             return out
@@ -497,14 +503,14 @@ def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bo
 
     terms = hidden + inner
     for quick in (True, False):
-        old_rest, old, old_random = run(lambda leaf: type(block).forward(block, leaf), quick)
+        old_rest, old, old_random = run(lambda leaf: type(block).forward(block, leaf, *rest), quick)
         new_rest, new, new_random = run(through(functional.grouped_experts), quick)
         if not torch.equal(old_random, new_random):
             return Proof("its formula is another than the one detected: its own code draws other random numbers")
         if not _same(old_rest, new_rest):
             return Proof("its formula is another than the one detected: its own code returns other values beside the hidden states")
         plain, truth = run(through(reference.grouped_experts), quick)[1], run(through(exact), quick)[1]
-        outside = [n for n in truth if n.removeprefix("gradient of ") in ("hidden_states", *(n for n in names if not _is_of(found, n)))]
+        outside = [n for n in truth if n.removeprefix("gradient of ") in {n for n in names if not _is_of(found, n)}]
         exact_results = _together(truth, outside, truth, torch.float64)
         old, new, plain = (_together(results, outside, truth) for results in (old, new, plain))
         proof = _judge(old, new, plain, exact_results, terms)
@@ -514,16 +520,17 @@ def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bo
 
 
 def _together(results: _Results, names: Sequence[str], truth: _Results, dtype: torch.dtype | None = None) -> _Results:
-    """Gradients of what is outside the experts as one quantity, each by its size: the tokens being alike, a router's has few
-    independent numbers, and its error is a matter of chance.
+    """Gradients of parameters outside the experts, and that of hidden_states, as one quantity: the tokens being alike, a router's has few
+    independent numbers, and its error is a matter of chance. Each counts by its size; one that is smaller than that of hidden_states may
+    be nothing but rounding, as where softmax ignores what all its inputs have in common, and counts by the size of that.
     """
-    parts = []
-    for name in names:
-        value, exact = results[name], truth[name]
-        assert value is not None and exact is not None
-        parts.append((value.to(dtype or exact.dtype) / (exact.double().norm().to(exact.dtype) + (not bool(exact.any())))).flatten())
     rest: _Results = {n: t if t is None or dtype is None else t.to(dtype) for n, t in results.items() if n not in names}
-    return rest | ({"gradient of hidden_states and what routes them": torch.cat(parts)} if parts else {})
+    if not names:
+        return rest
+    anchor = "gradient of hidden_states"
+    sizes = {n: float(truth[n].double().norm()) for n in (anchor, *names)}  # type: ignore[union-attr]
+    scaled = [results[n].to(dtype or truth[n].dtype) / (max(sizes[n], sizes[anchor]) or 1.0) for n in sizes]  # type: ignore[union-attr]
+    return rest | {f"{anchor} and of what routes them": torch.cat([t.flatten() for t in scaled])}
 
 
 def _is_of(found: Found, name: str) -> bool:
@@ -550,7 +557,7 @@ def _by_kind(found: Found, names: Sequence[str], leaves: Sequence[Tensor], grads
     return {f"gradient of {kind}": torch.cat(found) for kind, found in parts.items()}
 
 
-def _trainable_names(found: Found, cut: Experts, x: Tensor) -> list[str]:
+def _trainable_names(found: Found, cut: Experts, args: tuple[Any, ...]) -> list[str]:
     """Parameters whose gradients are proven, where they need gradients: those of the experts with the most tokens, and all others."""
     block = found.module
     routed: list[Tensor] = []
@@ -560,7 +567,7 @@ def _trainable_names(found: Found, cut: Experts, x: Tensor) -> list[str]:
         return torch.zeros_like(a)
 
     with torch.no_grad(), same_random(), frozen(block):
-        cut.run(block, (x.clone(),), {}, watch)
+        cut.run(block, (args[0].clone(), *args[1:]), {}, watch)
     experts = list(block._modules[found.container]._modules)  # type: ignore[union-attr]
     ids = routed[0].flatten()
     counts = torch.bincount(ids[(ids >= 0) & (ids < len(experts))], minlength=len(experts))

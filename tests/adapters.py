@@ -62,7 +62,7 @@ def randomise_adapters(model: nn.Module, name: str = "default") -> None:
     with torch.no_grad():
         for path, p in model.named_parameters():
             if "lora_" in path and f".{name}." in path:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)  # about as large as the weights
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
 def activate(model: Any, *names: str) -> Any:
@@ -95,7 +95,8 @@ def outputs_and_gradients(model: nn.Module, compute: Compute, dtype: torch.dtype
     grads = iter(torch.autograd.grad(out, wanted, direction.to(dtype), allow_unused=True))
     result = {"output": out.detach(), "gradient of x": next(grads), "gradient of the routing weights": next(grads)}
     for name, found in factors.items():
-        result[f"gradient of {name}"] = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(found, grads, strict=False)])
+        of_found = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(found, grads, strict=False)]
+        result[f"gradient of {name}"] = torch.cat(of_found)
     return result
 
 

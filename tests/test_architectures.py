@@ -91,7 +91,7 @@ def test_architecture(architecture: Architecture, dtype: str, training: bool, su
         if architecture.path == "skipped":
             check_refusal(architecture, model)
         else:
-            exact = measure.run(architecture, measure.in_float64(model), measure.exactly(), choices.replaying())
+            exact = measure.run(architecture, measure.in_float64(model), measure.exactly(DTYPES[dtype]), choices.replaying())
             check_report(architecture, moe_ext.enable(model, strict=True))
             figures |= measure.errors(measure.run(architecture, model, choices.replaying()), plain, exact)
             assert all(figure.ok for figure in figures.values()), "; ".join(f"{n}: {f}" for n, f in figures.items() if not f.ok)

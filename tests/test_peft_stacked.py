@@ -21,8 +21,8 @@ from models import Holder, build, build_experts, in_float64, logits_and_gradient
 from torch import Tensor, nn
 
 import moe_ext
-from moe_ext.integrations import stacked
 from moe_ext.integrations import peft as ours
+from moe_ext.integrations import stacked
 from moe_ext.testing import assert_accurate
 
 pytestmark = needs_tf5
@@ -422,7 +422,7 @@ def test_peft_imported_after_enable_is_right_and_says_what_to_do(monkeypatch: py
         new = outputs_and_gradients(model, run, torch.float32)
     finally:
         logging.getLogger("moe_ext").removeHandler(handler)
-    assert len(records) == 1 and "call moe_ext.enable(model) again" in records[0].getMessage()
+    assert len(records) == 1 and "moe_ext.enable(model) again" in records[0].getMessage()
     assert moe_ext.disable(model) == 1
     assert_all_accurate(new, outputs_and_gradients(model, run, torch.float32), truth_of(model))
     check(model)

@@ -163,6 +163,11 @@ class Quantized4bit(Projection):
     def __len__(self) -> int:
         return len(self.weights)
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that the weights had when they were quantized: most likely that of the model's hidden states."""
+        return self.matrix(0).stored_dtype
+
     def grouped_mm(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         return _GroupedMM.apply(rows, expert_offsets, self)
 
@@ -383,13 +388,17 @@ def stacked_note(model: nn.Module, module: nn.Module) -> str | None:
     """What a user of a 4-bit model should know about the stacked experts `module`; None when there is nothing to say."""
     size = _parametrized_bytes(module)
     if size:
-        return f"its experts are a 4-bit stack of bitsandbytes, which is dequantized whole at each forward: {size / 1e9:.2f} GB"
+        return f"its experts are 4-bit stacks of bitsandbytes, which are dequantized whole at each forward: {_gigabytes(size)}"
     dense = [p for p in module.parameters(recurse=False) if p.dim() >= 3 and p.is_floating_point()]
     if not dense or not any(map(is_quantized, model.modules())):
         return None
     size = sum(p.numel() * p.element_size() for p in dense)
     dtype = _name(dense[0].dtype)
-    return f"loaded in 4 bit, but its experts are stacked parameters, which bitsandbytes leaves in {dtype}: {size / 1e9:.2f} GB"
+    return f"loaded in 4 bit, but its experts are stacked parameters, which bitsandbytes leaves in {dtype}: {_gigabytes(size)}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def _parametrized_bytes(module: nn.Module) -> int:

@@ -31,13 +31,16 @@ _EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop of a method: its number among those over experts, the variable that it fills, and whether rows of that variable which
-    no expert computes keep what they held before.
+    """The loop of a method: its number among those over experts, and the variable that it fills.
+
+    keeps: rows of that variable which no expert computes keep what they held before.
+    apart: the variable holds what each expert adds, `[E, ..., H]`, and is summed behind the loop: the first gets the whole sum.
     """
 
     number: int
     result: str
     keeps: bool = False
+    apart: int = 0
 
 
 class Uncopied(Exception):
@@ -80,7 +83,11 @@ def candidates(
         x = values[routing.hidden_states]
         for name in sorted(inside & behind - {routing.hidden_states, routing.index, routing.weights}):
             result = values.get(name)
-            if isinstance(result, Tensor) and result.is_floating_point() and result.shape == x.shape:
+            if not isinstance(result, Tensor) or not result.is_floating_point():
+                continue
+            if result.shape == (experts, *x.shape):
+                yield Loop(number, name, apart=experts), routing
+            if result.shape == x.shape:
                 yield Loop(number, name), routing
                 if not bool((result == 0).all()):
                     yield Loop(number, name, keeps=True), routing
@@ -207,6 +214,8 @@ def like_result(out: Tensor, index: Tensor, values: Mapping[str, Any], routing: 
     x = values[routing.hidden_states]
     out = out.reshape(x.shape)
     out = out if out.dtype == x.dtype else out.to(x.dtype)
-    if loop is None or not loop.keeps:
+    if loop is None or not (loop.keeps or loop.apart):
         return out
+    if loop.apart:
+        return torch.cat((out[None], out.new_zeros(loop.apart - 1, *out.shape)))
     return torch.where((index >= 0).any(dim=1).reshape(*x.shape[:-1], 1), out, values[loop.result])

@@ -164,12 +164,22 @@ def apply(module: nn.Module, cut: Cut) -> None:
 
 
 def revert(module: nn.Module) -> bool:
-    """Takes back `apply`, and nothing else. A wrapper that was put around our method since then stays, and finds it inert."""
+    """Takes back `apply`, and nothing else; whether the module was enabled. A wrapper that was put around our method since then stays,
+    and finds it inert.
+    """
     was_active = is_enabled(module)
-    for attribute, patch in list(patches_of(module).items()):
-        patch.active = False
-        if module.__dict__.get(attribute) is patch:
-            del module.__dict__[attribute], module.__dict__[OUR_PATCHES][attribute]
-    if OUR_PATCHES in module.__dict__ and not module.__dict__[OUR_PATCHES]:
-        del module.__dict__[OUR_PATCHES]
+    for name, part in [("", module), *module.named_children()]:
+        was_active |= any(patch.active and patch.cut.child == name for patch in patches_of(part).values())
+        for attribute, patch in list(patches_of(part).items()):
+            if patch.cut.child == name or part is module:
+                _revert(part, attribute, patch)
     return was_active
+
+
+def _revert(module: nn.Module, attribute: str, patch: Patch) -> None:
+    patch.active = False
+    ours = module.__dict__[OUR_PATCHES]
+    if module.__dict__.get(attribute) is patch:
+        del module.__dict__[attribute], ours[attribute]
+    if not ours:
+        del module.__dict__[OUR_PATCHES]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ class LowRank:
         return [*_as_list(self.a), *_as_list(self.b)]
 
 
-Adapters = list[LowRank]
-Base = Tensor | Sequence[Tensor] | Projection
+Adapters: TypeAlias = list[LowRank]
+Base: TypeAlias = Tensor | Sequence[Tensor] | Projection
 
 
 class LoraProjection(Projection):
@@ -83,19 +83,19 @@ class LoraProjection(Projection):
             return total.add_(out).to(out.dtype)
 
     def __getitem__(self, e: int) -> Tensor:
-        """In float64, so that reading it adds no rounding."""
-        matrix = self.base[e]
-        matrix = (matrix.T if self.transposed else matrix).double()
+        """Rounded once, to the dtype of the base; `grouped_mm` does not form it, nor round it."""
+        matrix = self.base[e].T if self.transposed else self.base[e]
+        total = matrix.double()
         for adapter in self.adapters:
-            matrix = matrix + (adapter.b[e].double() @ adapter.a[e].double()) * adapter.scaling
-        return matrix
+            total = total + (adapter.b[e].double() @ adapter.a[e].double()) * adapter.scaling
+        return total.to(matrix.dtype)
 
     def tensors(self) -> list[Tensor]:
         base = self.base.tensors() if isinstance(self.base, Projection) else _as_list(self.base)
         return [*base, *(t for adapter in self.adapters for t in adapter.tensors())]
 
 
-def project(base: Base, adapters: Adapters | None, transposed: bool = False) -> Base:
+def project(base: Any, adapters: Adapters | None, transposed: bool = False) -> Any:
     """`base` with `adapters` on it; without any, `base` itself."""
     return LoraProjection(base, adapters, transposed) if adapters else base
 
@@ -148,7 +148,7 @@ def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- linear layers
-_Factors = tuple[Tensor, Tensor, Any]  # A [r, in], B [out, r], scaling
+_Factors: TypeAlias = tuple[Tensor, Tensor, Any]  # A [r, in], B [out, r], scaling
 
 
 def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters | None] | str:
@@ -157,14 +157,15 @@ def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters | No
     Or the reason why PEFT's own forward must run. Layers that are not PEFT's are returned as they are.
     """
     plain, wrappers = _plain_lora_classes(), _wrapper_classes()
-    bases, found = [], []
+    bases: list[nn.Module] = []
+    found: list[list[_Factors]] = []
     for i, linear in enumerate(linears):
-        factors: list[_Factors] | str = []
+        factors: list[_Factors] = []
         if type(linear) in plain:
-            factors = _active_factors(linear)
-            if isinstance(factors, str):
-                return f"the adapter layer of expert {i} {factors}"
-            linear = linear._modules["base_layer"]  # type: ignore[assignment]
+            active = _active_factors(linear)
+            if isinstance(active, str):
+                return f"the adapter layer of expert {i} {active}"
+            factors, linear = active, linear._modules["base_layer"]  # type: ignore[assignment]
         if type(linear) is not nn.Linear and issubclass(type(linear), wrappers):
             return f"expert {i} has a {type(linear).__module__}.{type(linear).__qualname__}, which is no plain LoRA layer"
         bases.append(linear)
@@ -301,11 +302,12 @@ def with_adapters(experts: nn.Module, weights: ExpertWeights, names: tuple[str, 
         found.setdefault(wrapper.parameter_name, []).extend(adapters)
     for pending in experts.__dict__.get(_PENDING, ()):
         pending.applied = True
-    fields = {field: project(getattr(weights, field), found.get(name), transposed) for field, name in zip(_FIELDS, names, strict=True)}
-    return replace(weights, **fields)
-
-
-_FIELDS = ("gate_up_proj", "down_proj")
+    gate_up, down = (found.get(name) for name in names)
+    return replace(
+        weights,
+        gate_up_proj=project(weights.gate_up_proj, gate_up, transposed),
+        down_proj=project(weights.down_proj, down, transposed),
+    )
 
 
 def _stacked_factors(wrapper: Any, name: str, transposed: bool) -> LowRank:

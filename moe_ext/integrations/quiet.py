@@ -19,14 +19,11 @@ _HOOKS = (
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves no trace on `module`: no hook of it is called, and its buffers, its training flags and the
-    random state are afterwards what they were. Gradients are on, autocast is off.
+    """Whatever runs inside leaves no trace on `module`: no hook of it is called, and its attributes, its buffers, its training flags and
+    the random state are afterwards what they were. Gradients are on, autocast is off.
     """
-    modules = list(module.modules())
-    hooks = [(m, {name: m.__dict__[name] for name in _HOOKS if m.__dict__.get(name)}) for m in modules]
-    hooks = [(m, saved) for m, saved in hooks if saved]
-    training = [m.training for m in modules]
-    buffers = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None and not b.is_meta]
+    attributes = [(m, m.__dict__.copy()) for m in module.modules()]
+    buffers = [(m, n, b, b.clone()) for m, _ in attributes for n, b in m._buffers.items() if b is not None and not b.is_meta]
     devices = {p.device for p in module.parameters() if p.is_cuda}
     kind = next(iter(devices)).type if devices else "cpu"
     with (
@@ -36,14 +33,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.autocast(kind, enabled=False),
     ):
         try:
-            for m, saved in hooks:
-                m.__dict__.update({name: type(value)() for name, value in saved.items()})
+            for m, saved in attributes:
+                m.__dict__.update({name: type(saved[name])() for name in _HOOKS if saved.get(name)})
             yield
         finally:
-            for m, saved in hooks:
+            for m, saved in attributes:
+                m.__dict__.clear()
                 m.__dict__.update(saved)
-            for m, mode in zip(modules, training, strict=True):
-                m.__dict__["training"] = mode  # what setting it does, without a look for a submodule of that name
             for m, n, buffer, value in buffers:
                 m._buffers[n] = buffer
                 if not torch.equal(buffer, value):

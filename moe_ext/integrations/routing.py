@@ -22,6 +22,7 @@ class Routing:
     top_k: index `[N, K]` or `[N]`, weights of the same size or None (ones).
     dense: index `[N, K]`, weights `[N, E]`, of which those at the index count.
     one_hot: index `[N, E]` of zeros and ones, at most one per row, a row of zeros is dropped; weights `[N]` or None.
+    mask: index `[N, E]` of zeros and ones, any number per row, weights `[N, E]`.
     counts: index `[E]`, how many consecutive rows each expert gets; no weights.
     pre_weighted: every expert gets N/E consecutive rows, already multiplied by their routing weights; rows of zeros are dropped.
     identity: ids from E on are experts that return their input (zero-computation experts) instead of dropped slots.
@@ -53,7 +54,10 @@ class Routing:
             index = torch.where(index.any(dim=1), index.int().argmax(dim=1), -1)[:, None]
         else:
             expert = torch.arange(experts, device=x.device)
-            if self.form == "counts":
+            if self.form == "mask":
+                assert index is not None
+                index = torch.where(index.reshape(rows, -1).bool(), expert, -1)
+            elif self.form == "counts":
                 assert index is not None
                 index = expert.repeat_interleave(index.to(x.device), output_size=rows)[:, None]
             else:
@@ -92,5 +96,7 @@ def _of_index(x: str, rows: int, index: str, ids: Tensor, floats: Mapping[str, T
     if size == rows * experts and ids.shape[-1] == experts and bool((ids.reshape(rows, -1).int().sum(1) <= 1).all()):
         yield from (Routing("one_hot", x, index, name) for name, w in floats.items() if w.numel() == rows)
         yield Routing("one_hot", x, index)
+    if size == rows * experts and ids.shape[-1] == experts and bool(((ids == 0) | (ids == 1)).all()):
+        yield from (Routing("mask", x, index, name) for name, w in floats.items() if w.numel() == size and w.shape[-1] == experts)
     if ids.shape == (experts,) and ids.dtype != torch.bool and int(ids.sum()) == rows:
         yield Routing("counts", x, index)

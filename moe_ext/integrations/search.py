@@ -38,6 +38,7 @@ class Place:
     values: dict[str, Any]
     modes: tuple[bool, ...]  # training
     loop: int | None = None
+    nones: int = 0  # further arguments of the owner, which it takes as None
 
 
 def places(found: Found, tokens: int) -> list[Place]:
@@ -45,22 +46,22 @@ def places(found: Found, tokens: int) -> list[Place]:
     assert found.owner is not None
     names = ["forward"] if found.owner is not found.module else _methods(type(found.module))
     errors: list[str] = []
-    for hidden in _hidden_sizes(found):
-        x = _tokens(found, hidden, tokens)
+    for hidden, nones in itertools.product(_hidden_sizes(found), dict.fromkeys((0, len(parameters_of(type(found.owner), "forward")) - 1))):
+        args = (_tokens(found, hidden, tokens), *(None for _ in range(nones)))
         try:
-            seen = {mode: _watch(found, names, x, mode) for mode in (True, False)}
+            seen = {mode: _watch(found, names, args, mode) for mode in (True, False)}
         except Exception as error:  # it needs more than hidden states, or others: nothing can be seen of it
             errors.append(f"{type(found.owner).__name__} cannot be run on hidden states alone ({type(error).__name__}: {error})")
             continue
-        return _by_mode(found, seen, x)
+        return _by_mode(found, seen, args)
     raise NotFound(errors[0] if errors else "its sizes fit no hidden size")
 
 
-def _by_mode(found: Found, seen: dict[bool, dict[str, dict[str, Any]]], x: Tensor) -> list[Place]:
+def _by_mode(found: Found, seen: dict[bool, dict[str, dict[str, Any]]], args: tuple[Any, ...]) -> list[Place]:
     merged: list[Place] = []
     for mode, calls in seen.items():
         place = next((Place(name, values, (mode,)) for name, values in calls.items()), None)
-        place = place or _loop(found, x, mode)
+        place = place or _loop(found, args, mode)
         same = next((p for p in merged if (p.attribute, p.loop) == (place.attribute, place.loop)), None)
         if same is None:
             merged.append(place)
@@ -165,8 +166,8 @@ def _methods(cls: type[nn.Module]) -> list[str]:
     return [name for name in named if len(parameters_of(cls, name)) > 1]
 
 
-def _watch(found: Found, names: Sequence[str], x: Tensor, training: bool) -> dict[str, dict[str, Any]]:
-    """Runs the owner on x and returns, by method, the arguments of the last call that returned something like hidden states."""
+def _watch(found: Found, names: Sequence[str], args: tuple[Any, ...], training: bool) -> dict[str, dict[str, Any]]:
+    """Runs the owner and returns, by method, the arguments of the last call that returned something like hidden states."""
     calls: dict[str, dict[str, Any]] = {}
     assert found.owner is not None
     owner: nn.Module = found.owner
@@ -175,11 +176,11 @@ def _watch(found: Found, names: Sequence[str], x: Tensor, training: bool) -> dic
     def recorder(name: str) -> Any:
         signature = inspect.signature(getattr(cls, name))
 
-        def record(*args: Any, **kwargs: Any) -> Any:
-            out = getattr(cls, name)(module, *args, **kwargs)
-            values = dict(signature.bind(module, *args, **kwargs).arguments)
+        def record(*given: Any, **named: Any) -> Any:
+            out = getattr(cls, name)(module, *given, **named)
+            values = dict(signature.bind(module, *given, **named).arguments)
             del values[next(iter(signature.parameters))]
-            if isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == x.shape[-1]:
+            if isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == args[0].shape[-1]:
                 calls[name] = values
             return out
 
@@ -187,23 +188,23 @@ def _watch(found: Found, names: Sequence[str], x: Tensor, training: bool) -> dic
 
     owner.train(training)
     with _instead(module, {name: recorder(name) for name in names}), torch.no_grad(), frozen(owner), same_random():
-        type(owner).forward(owner, x.clone())
+        type(owner).forward(owner, args[0].clone(), *args[1:])
     return calls
 
 
-def _loop(found: Found, x: Tensor, training: bool) -> Place:
+def _loop(found: Found, args: tuple[Any, ...], training: bool) -> Place:
     """The loop over experts in the block's forward that is reached in this mode."""
-    module: nn.Module = found.module
-    if found.owner is not module:
+    if found.owner is not found.module:
         raise NotFound(f"its forward is not called with a routing by {type(found.owner).__name__}")
+    module: nn.Module = found.module
     try:
         count = loops.find(type(module), "forward", found.container)
         module.train(training)
         for number in range(count):
             with torch.no_grad(), frozen(module), same_random():
-                values = loops.observe(module, "forward", found.container, number, x.clone())
+                values = loops.observe(module, "forward", found.container, number, args[0].clone(), *args[1:])
             if values:
-                return Place("forward", values, (training,), number)
+                return Place("forward", values, (training,), number, len(args) - 1)
     except loops.Uncopied as error:
         raise NotFound(str(error)) from error
     raise NotFound("its forward has no loop over its experts that could be replaced")
@@ -224,7 +225,8 @@ def _instead(module: nn.Module, methods: dict[str, Any]) -> Iterator[None]:
 def _tokens(found: Found, hidden: int, tokens: int) -> Tensor:
     """hidden_states `[1, T, H]` like the first floating parameter of the experts, or of what is around them."""
     assert found.owner is not None
-    p = next((p for m in (found.module, found.owner) for p in m.parameters() if p.is_floating_point()), None)
+    experts = module_list.container_of(found.module, found.container)
+    p = next((p for m in (experts, found.owner) for p in m.parameters() if p.is_floating_point()), None)
     if p is None:
         raise NotFound("it has no floating-point parameter")
     generator = torch.Generator("cpu").manual_seed(0)

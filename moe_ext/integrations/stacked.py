@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import functional
 from ..experts import ExpertWeights
-from . import detect, formulas, peft, quiet, versions
+from . import detect, formulas, peft, versions
 from .fallback import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
 from .quiet import replaced_method
 
@@ -84,7 +84,7 @@ def _read_adapted(module: nn.Module, hidden_states: Tensor) -> ExpertWeights | s
     """The weights with the adapters that PEFT has on them now, or the reason why they cannot be used."""
     weights = read_weights(module)
     if peft.is_materialised(module):
-        log_once(f"{type(module).__name__}: PEFT adds its adapters to all its weights; to run them grouped, call moe_ext.enable(model) again")
+        log_once(f"{type(module).__name__} is called with PEFT's adapters added to whole weights; moe_ext.enable(model) again groups them")
     return _unusable(weights, hidden_states) or peft.with_adapters(module, weights, stack_names(module), module.is_transposed)
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from architectures import Architecture
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from architectures import Architecture
 from moe_ext.testing import ErrorReport, compare
 
 #: Functions of numbers that give indices alone, and those that give (values, indices), with the position of their `dim`.
@@ -112,10 +112,16 @@ class _Replay(TorchFunctionMode):
 
 
 class _InDouble(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if getattr(func, "__name__", "") in ("float", "half", "bfloat16"):
-            return args[0].double()
-        return func(*map(_widen, args), **{name: _widen(value) for name, value in (kwargs or {}).items()})
+            func, args = torch.Tensor.to, (args[0], torch.float32)
+        result = func(*map(_widen, args), **{name: _widen(value) for name, value in (kwargs or {}).items()})
+        # A cast that copies in the model's own dtype copies here too: what is then written in place was not its input.
+        return result.clone() if args and result is args[0] and self.dtype != torch.float32 and torch.float32 in args else result
 
 
 def _widen(value: Any) -> Any:
@@ -185,15 +191,15 @@ def run(architecture: Architecture, model: nn.Module, *modes: AbstractContextMan
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """Where a model's code asks for float32, or for no dtype, it gets float64: a truth that was rounded on its way is none."""
-    dtype = torch.get_default_dtype()
+def exactly(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Where the code of a model of `dtype` asks for float32, or for no dtype, it gets float64: a truth rounded on its way is none."""
+    default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _InDouble():
+        with _InDouble(dtype):
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(default)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- comparison

@@ -97,9 +97,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "minimax": {**LINEAR, "num_local_experts": 6, "router_jitter_noise": 0.1, "block_size": 8},
     "mixtral": {"num_local_experts": 6, "router_jitter_noise": 0.1},
-    "nllb-moe": {
+    "nllb-moe": {  # wide, because near zero the derivative of relu is what the rounding makes it
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "encoder_layerdrop": 0.0,
+        "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "encoder_layerdrop": 0.0,
         "decoder_layerdrop": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "moe_token_dropout": 0.0, "num_experts": 4,
         "expert_capacity": 12, "moe_eval_capacity_token_fraction": 0.5, "router_bias": True, "pad_token_id": 1,
     },
@@ -241,9 +241,8 @@ ARCHITECTURES: list[Architecture] = [
         ),
         masked_ids,
         blocks=2,
-        path="composed",
     ),
-    entry("nllb_moe", "nllb-moe", AutoModelForSeq2SeqLM, padded_translation, blocks=4, path="composed"),
+    entry("nllb_moe", "nllb-moe", AutoModelForSeq2SeqLM, padded_translation, blocks=4),
     entry("switch_transformers", auto=AutoModelForSeq2SeqLM, inputs=translation),
     # Experts that are not MLPs that tokens are sent to.
     Architecture("doge", Retrieval, ids, blocks=1, path="skipped", reason="none of its", output=lambda out: out),

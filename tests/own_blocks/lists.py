@@ -97,17 +97,6 @@ class EveryExpertOnEveryToken(Block):
         return out
 
 
-class Soft(Block):
-    """Soft mixture: every expert counts, weighted by the softmax itself; there is no top-k and no index."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        scores = self.gate(hidden_states).softmax(dim=-1)
-        out = torch.zeros_like(hidden_states)
-        for i in range(len(self.experts)):
-            out = out + self.experts[i](hidden_states) * scores[..., i].unsqueeze(-1)
-        return out
-
-
 class Named(nn.Module):
     """Experts in a `ModuleDict` by their number as text."""
 
@@ -192,23 +181,6 @@ class InAMethod(Block):
         return out
 
 
-class Sorted(Block):
-    """Sorts the slots, gives each expert a slice, and scatters back; weights in float32 until the end."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.view(-1, hidden_states.shape[-1])
-        index, weights, _ = self.route(x)
-        order = index.flatten().argsort(stable=True)
-        counts = index.flatten().bincount(minlength=self.num_experts).tolist()
-        parts, start = [], 0
-        for i, expert in enumerate(self.experts):
-            parts.append(expert(x[order[start : start + counts[i]] // self.top_k]))
-            start += counts[i]
-        y = torch.empty(index.numel(), x.shape[1], dtype=x.dtype).index_copy(0, order, torch.cat(parts))
-        y = (y.view(*index.shape, -1).float() * weights.float().unsqueeze(-1)).sum(dim=1)
-        return y.type_as(x).view(hidden_states.shape)
-
-
 class InFloat32(Block):
     """Accumulates in float32."""
 
@@ -280,7 +252,7 @@ class Residual(Block):
 
 
 LOOPS = (
-    Block, NotRenormalised, OnlyHit, Enumerated, EveryExpertOnEveryToken, Named, NamedItems, Mlps, Ffns, InAMethod, Sorted, InFloat32,
+    Block, NotRenormalised, OnlyHit, Enumerated, EveryExpertOnEveryToken, Named, NamedItems, Mlps, Ffns, InAMethod, InFloat32,
     Dictionary, NamedTuple, Residual,
 )  # fmt: skip
 CASES = [

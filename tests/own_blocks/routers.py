@@ -292,8 +292,76 @@ class InnerRouter(nn.Module):
         return y.reshape_as(x)
 
 
+class Remembers(Block):
+    """Keeps a loss, its logits and a count of calls, as attributes that a trainer reads; and the load of the experts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.history = 0, []
+        self.register_buffer("load", torch.zeros(E))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        index, weights, logits = self.route(x)
+        self.calls += 1
+        self.history.append(self.calls)
+        self.router_logits = logits
+        self.aux_loss = logits.logsumexp(-1).square().mean()
+        self.load = self.load + index.flatten().bincount(minlength=E)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slots = torch.where(index == i)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out.view_as(hidden_states)
+
+
+class OntoShared(Block):
+    """The result starts as what the shared expert gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = experts.Gated(H, I)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        index, weights, _ = self.route(x)
+        out = self.shared(x)
+        for i, expert in enumerate(self.experts):
+            rows, slots = torch.where(index == i)
+            out = out.index_add(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out.view_as(hidden_states)
+
+
+#: What `Reports` has told, as a logger or a communication library outside of the model would keep it.
+REPORTED: list[int] = []
+
+
+class Reports(Block):
+    """Tells the world how many slots it filled; nothing reads the answer."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        index, weights, _ = self.route(x)
+        told = REPORTED.append(index.numel())  # noqa: F841  (the call is what counts)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slots = torch.where(index == i)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out.view_as(hidden_states)
+
+
+class Tied(Block):
+    """All experts share one way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for expert in self.experts:
+            expert.down_proj = self.experts[0].down_proj
+
+
 KINDS = (
     TwoWays, TwoWaysInGroups, WithoutGradient, Jitter, FrozenRouter, Best, Hard, OneHot, Nothing, Dropped, Identities, TwoRounds, InnerRouter,
+    OntoShared, Remembers, Reports, Tied,
 )  # fmt: skip
 CASES = [
     *(Case(f"router {kind.__name__}", kind) for kind in KINDS),
