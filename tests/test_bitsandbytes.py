@@ -93,7 +93,10 @@ def test_matrices_of_a_few_numbers() -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_T42_T44_T69_every_combination_of_dtypes(dtype: torch.dtype, compute: torch.dtype | None, stored: torch.dtype) -> None:
     """Of rows, of computation, and of the weight before it was quantized; the last is no dtype of computation."""
-    check(experts4bit(len(COUNTS), compute=compute, stored=stored, quant_type="nf4"), dtype)
+    linears = experts4bit(len(COUNTS), compute=compute, stored=stored, quant_type="nf4")
+    check(linears, dtype)
+    matrix = read(linears, random(1, 64, dtype=dtype))[2]
+    assert matrix.dtype == (compute or dtype) and torch.equal(matrix, dense(linears[2], matrix.dtype))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -125,13 +128,20 @@ def test_float64_without_a_compute_dtype_is_refused() -> None:
     assert read(experts4bit(compute=torch.float32), random(1, 64, dtype=torch.float64)).compute_dtype == torch.float32
 
 
-def test_autocast_computes_as_a_linear_layer_does() -> None:
-    linears = experts4bit(len(COUNTS), compute=torch.float32, quant_type="nf4")
+def test_T37_under_autocast_as_if_its_dtype_were_the_compute_dtype() -> None:
+    """Forward, and backward outside of it: what a linear layer does there, and what bitsandbytes does on the CPU."""
+
+    def run(linears: nn.ModuleList, autocast: bool) -> tuple[Tensor, Tensor]:
+        def compute(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return read(linears, x).grouped_mm(x, offsets_of(COUNTS))
+
+        return product_and_gradient(compute, random(44, 64), random(44, 48, seed=1))
+
+    linears = experts4bit(len(COUNTS), compute=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         check(linears)
-        new = read(linears, random(1, 64)).grouped_mm(random(44, 64), offsets_of(COUNTS))
-    exact = read(linears, random(1, 64)).grouped_mm(random(44, 64), offsets_of(COUNTS))
-    assert torch.equal(new, new.bfloat16().float()) and not torch.equal(exact, exact.bfloat16().float())
+    assert all(map(torch.equal, run(linears, True), run(experts4bit(len(COUNTS), compute=torch.bfloat16), False)))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- refusals

@@ -125,7 +125,8 @@ def test_T35_the_backward_multiplies_with_the_weights_of_the_forward() -> None:
 
     expected = gradient(lambda m: None)
     assert torch.equal(gradient(lambda m: quantize(m[1], random(48, 64, seed=7))), expected)  # a merge: another parameter
-    assert torch.equal(gradient(lambda m: m[0].weight.quant_state.__dict__.update(absmax=torch.zeros(48))), expected)  # a move
+    for moved in (lambda state: state, lambda state: state.state2):
+        assert torch.equal(gradient(lambda m, f=moved: f(m[0].weight.quant_state).__dict__.update(absmax=torch.zeros(48))), expected)
     assert torch.equal(gradient(lambda m: setattr(m[0].weight, "data", torch.zeros(1536, 1, dtype=torch.uint8))), expected)
     for in_place in (lambda m: m[1].weight.copy_(m[2].weight), lambda m: m[1].weight.quant_state.state2.absmax.mul_(2)):
         with pytest.raises(RuntimeError, match="changed in place between forward and backward"):

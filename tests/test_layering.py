@@ -23,7 +23,8 @@ RANKS = {
     "integrations.versions": 5, "integrations.fallback": 5, "integrations.quiet": 5, "integrations.routing": 5,
     "integrations.formulas": 6, "integrations.loops": 6, "integrations.parameters": 6,
     "integrations.module_list": 8, "integrations.patch": 9, "integrations.detect": 9, "integrations.search": 10, "integrations.stacked": 10,
-    "prove": 11, "enable": 12, "__init__": 13, "_command": 14, "doctor": 15, "demo": 15, "cli": 16, "__main__": 17,
+    "prove.rule": 10, "prove.call": 11, "prove.loop": 11, "prove.__init__": 12, "enable": 13, "auto": 14,
+    "__init__": 15, "_command": 16, "doctor": 17, "demo": 17, "cli": 18, "__main__": 19,
 }  # fmt: skip
 INTEGRATION = 7  # every other module of integrations, one library each: they do not import one another
 DATA_ONLY = {"experts": set(), "reference": {"experts"}, "testing": set()}  # stand beside: they import nothing of the rest
@@ -58,7 +59,8 @@ def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
 
 def own_imports(path: Path) -> set[str]:
     own = {m.removeprefix("moe_ext.") for m in imports_of(path) if m.startswith("moe_ext.")}
-    return {m for m in own if (PACKAGE / (m.replace(".", "/") + ".py")).exists()}
+    own |= {f"{m}.__init__" for m in own}  # a package stands for its own file
+    return {m for m in own if (PACKAGE / (m.replace(".", "/") + ".py")).exists()} - {name_of(path)}
 
 
 def rank(module: str) -> int:

@@ -1,0 +1,141 @@
+"""Proof of experts whose routing is in the arguments of a method, and of grouped linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional, reference
+from ..experts import ExpertWeights
+from ..integrations import search
+from ..integrations.patch import Experts, Linear, offsets
+from ..integrations.quiet import frozen, replaced, same_random
+from ..integrations.routing import Routing
+from .rule import Proof, Results, count_of, detached, gradients, judge, normal, sizes_of, zeros_for_none
+
+
+def prove_call(module: nn.Module, cut: Experts, place: search.Place, weights: ExpertWeights) -> Proof:
+    """A method that receives the routing: its own result against the formula, on random rows and routing in the form it expects."""
+    weights = detached(weights)
+    spec = cut.formula.resolve(module)
+    like = place.values[cut.routing.hidden_states]
+    values, grad = _routed(cut.routing, place.values, weights.num_experts)
+    if cut.routing.form == "dense":  # the model scatters the weights of the chosen: only those have a gradient
+        assert cut.routing.index is not None and cut.routing.weights is not None
+        index = values[cut.routing.index]
+        values[cut.routing.weights] = values[cut.routing.weights].gather(-1, index)
+    leaves = [n for n in (cut.routing.hidden_states, cut.routing.weights) if n is not None]
+    cls = type(module)
+
+    def by(dtype: torch.dtype, compute: Callable[[Mapping[str, Any]], Tensor], backward: bool) -> Results:
+        cast = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype != like.dtype else t for n, t in values.items()}
+        inputs = {n: cast[n].clone().requires_grad_(backward) for n in leaves}
+        with torch.set_grad_enabled(backward):
+            out = compute({**cast, **inputs, **_dense(cut.routing, cast, inputs, weights.num_experts)})
+        if not backward:
+            return {"output": out}
+        return {"output": out} | zeros_for_none(leaves, list(inputs.values()), gradients(out, list(inputs.values()), grad))
+
+    def formula(v: Mapping[str, Any]) -> Tensor:
+        return cut.compute(module, weights, reference.grouped_experts, v)
+
+    def own(v: Mapping[str, Any]) -> Tensor:
+        with same_random():
+            return getattr(cls, cut.attribute)(module, **{n: t.clone() if isinstance(t, Tensor) else t for n, t in v.items()})
+
+    terms = like.shape[-1] + sizes_of(weights, spec)[2]
+    proof = Proof()
+    with frozen(module):
+        for mode in place.modes:
+            module.train(mode)
+            quick = judge(by(like.dtype, own, False), {}, by(like.dtype, formula, False), by(torch.float64, formula, False), terms)
+            if quick.reason is not None:
+                return quick
+            old = by(like.dtype, own, True)
+            new = by(like.dtype, lambda v: cut.compute(module, weights, functional.grouped_experts, v), True)
+            one = judge(old, new, by(like.dtype, formula, True), by(torch.float64, formula, True), terms)
+            proof = Proof(one.reason, proof.figures | one.figures)
+            if proof.reason is not None:
+                return proof
+    return proof
+
+
+def _dense(routing: Routing, values: Mapping[str, Any], inputs: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Scores of the chosen experts `[.., K]` as the dense ones `[.., E]` that the method expects."""
+    if routing.form != "dense":
+        return {}
+    assert routing.index is not None and routing.weights is not None
+    index, chosen = values[routing.index], inputs[routing.weights]
+    return {routing.weights: chosen.new_zeros(*index.shape[:-1], experts).scatter(-1, index, chosen)}
+
+
+def _routed(routing: Routing, template: Mapping[str, Any], experts: int) -> tuple[dict[str, Any], Tensor]:
+    """`template` with random hidden states and a random routing to few experts in it, and a gradient for the result."""
+    like = template[routing.hidden_states]
+    x, grad = normal(like.shape, like, 0), normal(like.shape, like, 1)
+    rows = x.numel() // x.shape[-1]
+    used = sorted({0, experts // 2, experts - 1}) + ([experts] if routing.identity else [])
+    index_like = None if routing.index is None else template[routing.index]
+    top_k = index_like.numel() // rows if index_like is not None and routing.form in ("top_k", "dense") else 1
+    generator = torch.Generator("cpu").manual_seed(3)
+    order = torch.rand(rows, max(top_k, len(used)), generator=generator).argsort(dim=1)[:, :top_k] % len(used)
+    index = torch.tensor(used)[order].to(like.device)
+    values = {**template, routing.hidden_states: x}
+    weight_like = None if routing.weights is None else template[routing.weights]
+    if weight_like is not None:
+        w = torch.rand(weight_like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, weight_like.dtype)
+        values[routing.weights] = w  # type: ignore[index]
+    if routing.form == "pre_weighted":
+        each = torch.arange(experts, device=like.device).repeat_interleave(rows // experts)
+        some = torch.isin(each, torch.tensor(used, device=like.device)) & (torch.rand(rows, generator=generator) < 0.5).to(like.device)
+        values[routing.hidden_states] = (x.reshape(rows, -1) * some[:, None]).reshape(x.shape)
+        return values, grad
+    assert index_like is not None and routing.index is not None
+    if routing.form == "counts":
+        counts = torch.bincount(index.flatten(), minlength=experts)[:experts]
+        values[routing.index] = counts.to(index_like.dtype)
+    elif routing.form == "one_hot":
+        hot = F.one_hot(index[:, 0], experts)
+        hot[::5] = 0  # dropped
+        values[routing.index] = hot.to(index_like.dtype).reshape(index_like.shape)
+    else:
+        values[routing.index] = index.to(index_like.dtype).reshape(index_like.shape)
+    return values, grad
+
+
+def prove_linear(module: nn.Module, cut: Linear) -> Proof:
+    """A grouped linear layer, called with a list of counts or a tensor, whichever it takes."""
+    weight = module._parameters[cut.weight]
+    assert weight is not None
+    experts, width = weight.shape[0], weight.shape[1 if cut.transposed else 2]
+    rows = count_of(weight.shape[1])
+    used = sorted({0, experts // 2, experts - 1})
+    counts = torch.zeros(experts, dtype=torch.int64)
+    counts[used] = torch.tensor([rows // len(used)] * (len(used) - 1) + [rows - rows // len(used) * (len(used) - 1)])
+    x, grad = normal((rows, width), weight, 0), normal((rows, weight.numel() // experts // width), weight, 1)
+
+    def formula(a: Tensor, w: Tensor) -> Tensor:
+        parts = a.split(counts.tolist())
+        return torch.cat([part @ (w[e] if cut.transposed else w[e].T) for e, part in enumerate(parts)])
+
+    def by(dtype: torch.dtype, compute: Callable[..., Tensor]) -> Results:
+        inputs = [x.to(dtype).clone().requires_grad_(), weight.detach().to(dtype).requires_grad_(weight.requires_grad)]
+        out = compute(*inputs)
+        wanted = [t for t in inputs if t.requires_grad]
+        return {"output": out} | zeros_for_none(["input", "weight"][: len(wanted)], wanted, gradients(out, wanted, grad))
+
+    def own(a: Tensor, w: Tensor) -> Tensor:
+        with replaced([(module, cut.weight, w)]):
+            try:
+                return type(module).forward(module, a, counts.tolist())
+            except TypeError:
+                return type(module).forward(module, a, counts.to(a.device))
+
+    def ours(a: Tensor, w: Tensor) -> Tensor:
+        return functional.ops.grouped_mm(a, w, offsets(counts, a), transposed=cut.transposed)
+
+    return judge(by(weight.dtype, own), by(weight.dtype, ours), by(weight.dtype, formula), by(torch.float64, formula), terms=width)

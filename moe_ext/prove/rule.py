@@ -1,0 +1,206 @@
+"""The error rule of a proof, and the random tokens and weights that it is applied to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional, reference
+from ..experts import ExpertSpec, ExpertWeights, Projection
+from ..testing import ErrorReport, compare
+
+#: Tokens of a proof: at least this many, and more for narrow experts, so that errors are judged over enough numbers to be typical.
+TOKENS, NUMBERS = 32, 4096
+#: Experts that a proof reads: enough to tell them apart, few enough that a float64 copy of them costs nothing.
+ACTIVE_EXPERTS = 3
+
+Compute = Callable[..., Tensor]
+
+
+@dataclass
+class Proof:
+    """`reason` is None for a proof that holds; `figures` are the errors of the new path by quantity."""
+
+    reason: str | None = None
+    figures: dict[str, ErrorReport] = field(default_factory=dict)
+
+
+Results = dict[str, Tensor | None]
+
+
+def attempt(proof: Callable[..., Proof], *args: Any) -> Proof:
+    """Runs a proof; what it raises becomes its reason, except for running out of memory, which is not about the block."""
+    try:
+        return proof(*args)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return Proof(f"could not be proven: {type(error).__name__}: {error}")
+
+
+def judge(old: Results, new: Results, plain: Results, truth: Results, terms: int) -> Proof:
+    """Applies the error rule to every quantity that the truth has; `terms` is the length of the sums behind them.
+
+    The model's own code is plain PyTorch as well: of its error and that of the formula the larger is what new is measured by.
+    """
+    proof = Proof()
+    for name, exact in truth.items():
+        expected = plain[name]
+        assert exact is not None and expected is not None
+        if not bool(torch.isfinite(exact).all()):
+            return Proof(f"could not be proven: its {name} is not finite; are the weights initialised?")
+        own = 0.0
+        if name in old:
+            report = _measure(old[name], expected, exact, terms)
+            if not report.ok:
+                return Proof(f"its formula is another than the one detected: {name} of its own code has {report}")
+            own = report.new
+        if name not in new:
+            continue
+        report = _measure(new[name], expected, exact, terms)
+        report = ErrorReport(report.new, max(report.plain, own))
+        proof.figures[name] = report
+        if not report.ok:
+            return Proof(f"moe_ext's {name} has {report}", proof.figures)
+    return proof
+
+
+def _measure(value: Tensor | None, plain: Tensor, truth: Tensor, terms: int) -> ErrorReport:
+    value = torch.zeros_like(plain) if value is None else value.to(plain.dtype)  # no gradient is a zero one
+    if value.shape != plain.shape:
+        return ErrorReport(float("inf"), 0.0)
+    report = compare(value, plain, truth)
+    if plain.dtype != torch.float64:
+        return report
+    # In float64 the truth is rounded as much as what it judges: the yardstick is the bound of a sum of so many terms.
+    return ErrorReport(report.new, max(report.plain, terms * torch.finfo(torch.float64).eps))
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    if not out.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(out, inputs, grad.to(out.dtype), allow_unused=True))
+
+
+def zeros_for_none(names: Sequence[str], tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Results:
+    """Gradients by name; of a truth, an absent one is a zero one."""
+    return {f"gradient of {n}": torch.zeros_like(t) if g is None else g for n, t, g in zip(names, tensors, grads, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the weights
+def prove_weights(weights: ExpertWeights, spec: ExpertSpec, trainable: bool) -> Proof:
+    """New against the formula alone, on a copy of the active experts: output and all gradients. Through the whole of the weights they
+    would cost its size, and the model's own loop's quadratically in the number of experts.
+    """
+    count = weights.num_experts
+    experts = sorted({0, count // 2, count - 1})[:ACTIVE_EXPERTS]
+    some = subset(weights, experts)
+    like, hidden, inner = sizes_of(some, spec)
+    x, index, w, grad = tokens_of(count_of(inner), hidden, len(experts), like)
+    smooth = away_from_kinks(x, some, spec)
+    x, index, w, grad = (t[smooth] for t in (x, index, w, grad))
+
+    def by(dtype: torch.dtype, compute: Compute) -> Results:
+        leaf, leaves = _leaves(some, dtype, trainable)
+        inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w)]
+        out = compute(inputs[0], index, inputs[1], leaf, spec)
+        grads = gradients(out, [*inputs, *(t for _, t in leaves)], grad)
+        result: Results = {"output": out} | zeros_for_none(["hidden_states", "top_k_weights"], inputs, grads[:2])
+        by_name: dict[str, list[Tensor]] = {}
+        for (name, t), g in zip(leaves, grads[2:], strict=True):  # per projection: one expert has too few tokens
+            by_name.setdefault(name, []).append((torch.zeros_like(t) if g is None else g).flatten())
+        return result | {f"gradient of {name}": torch.cat(found) for name, found in by_name.items()}
+
+    plain, truth = by(like.dtype, reference.grouped_experts), by(torch.float64, reference.grouped_experts)
+    return judge({}, by(like.dtype, functional.grouped_experts), plain, truth, terms=hidden + inner)
+
+
+def subset(weights: ExpertWeights, experts: list[int]) -> ExpertWeights:
+    def pick(value: Any) -> Any:
+        if value is None or isinstance(value, Tensor):
+            return None if value is None else value[experts].detach()
+        return [value[e].detach() for e in experts]  # of a projection: the matrices it multiplies with
+
+    if isinstance(weights.gate_up_proj, Projection):
+        raise TypeError("stacked projections cannot be proven by themselves")
+    return ExpertWeights(**{name: pick(value) for name, value in vars(weights).items()})
+
+
+def _leaves(weights: ExpertWeights, dtype: torch.dtype, trainable: bool) -> tuple[ExpertWeights, list[tuple[str, Tensor]]]:
+    leaves: list[tuple[str, Tensor]] = []
+
+    def leaf(name: str, t: Tensor) -> Tensor:
+        t = t.to(dtype).clone().requires_grad_(trainable)
+        leaves.extend([(name, t)] if trainable else [])
+        return t
+
+    copied = {
+        name: None if value is None else leaf(name, value) if isinstance(value, Tensor) else [leaf(name, t) for t in value]
+        for name, value in vars(weights).items()
+    }
+    return ExpertWeights(**copied), leaves
+
+
+def sizes_of(weights: ExpertWeights, spec: ExpertSpec) -> tuple[Tensor, int, int]:
+    """A tensor with the dtype and device to prove in, H, and I (2I for gate and up together)."""
+    if isinstance(weights.gate_up_proj, Tensor):
+        _, out, width = weights.gate_up_proj.mT.shape if spec.transposed else weights.gate_up_proj.shape
+        return weights.gate_up_proj, width, out
+    up = weights.expert(0, spec)["up"]
+    assert up is not None
+    return up.detach(), up.shape[1], up.shape[0]
+
+
+def detached(weights: ExpertWeights) -> ExpertWeights:
+    def detach(value: Any) -> Any:
+        if value is None or isinstance(value, Projection):
+            return value
+        return value.detach() if isinstance(value, Tensor) else [t.detach() for t in value]
+
+    return ExpertWeights(**{name: detach(value) for name, value in vars(weights).items()})
+
+
+def count_of(inner: int) -> int:
+    return max(TOKENS, NUMBERS // max(1, inner))
+
+
+def normal(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
+
+
+def tokens_of(tokens: int, hidden: int, experts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden_states `[T,H]`, top_k_index and top_k_weights `[T,K]`, and a gradient `[T,H]`; a token's experts are distinct."""
+    generator = torch.Generator("cpu").manual_seed(2)
+    order = torch.rand(tokens, experts, generator=generator, dtype=torch.float64, device="cpu").argsort(dim=1)
+    top_k = min(2, experts)
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64, device="cpu").to(like.device, like.dtype)
+    return normal((tokens, hidden), like, 0), order[:, :top_k].to(like.device), weights, normal((tokens, hidden), like, 1)
+
+
+def away_from_kinks(x: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
+    """The tokens `[T]` whose pre-activations keep off the places where the activation's derivative jumps: clamps, and zero for relu.
+
+    There the derivative is whatever the rounding makes it, in every implementation. All tokens, where none keeps off.
+    """
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    if spec.gate_fn is not None or (spec.limit is None and spec.activation != "relu"):
+        return kept
+    for e in range(weights.num_experts):
+        part = {name: None if t is None else t.double() for name, t in weights.expert(e, spec).items()}
+        for name in ("gate", "up"):
+            if (weight := part[name]) is None:
+                continue
+            value = F.linear(x.double(), weight, part[f"{name}_bias"])
+            # Two roundings of the value, as by a product and a bias that is added to it, and as much again.
+            near = 2 * torch.finfo(x.dtype).eps * value.abs().clamp(min=1.0)
+            kinks = [0.0] if spec.activation == "relu" else []
+            kinks += [] if spec.limit is None else [spec.limit] if name == "gate" else [spec.limit, -spec.limit]
+            for kink in kinks:
+                kept &= ((value - kink).abs() > near).all(dim=1)
+    return kept if bool(kept.any()) else ~kept
