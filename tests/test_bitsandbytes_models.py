@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import build, logits_and_gradients, needs_tf4, needs_tf5, tokens, transformers
-from quantized import Linear4bit, check, dense, exact_copy, quantize_linears, read
+from quantized import Linear4bit, check, dense, exact_copy, pack_for_cpu, quantize_linears, read
 from torch import Tensor, nn
 
 import moe_ext
@@ -69,6 +69,25 @@ def test_a_4bit_model_is_enabled_and_computes_the_same(family: str, compute: tor
     moe_ext.disable(model)
     again = logits_and_gradients(model, ids)
     assert all(torch.equal(again[n], plain[n]) for n in plain)
+
+
+@pytest.mark.tf4
+@needs_tf4
+@pytest.mark.parametrize("packed", [False, True])
+def test_T66_T67_the_layout_for_some_cpus_stands_against_nothing(packed: bool) -> None:
+    """Neither does a proof bring it about, nor does a model that has it lose its gradients."""
+    model = quantize_linears(build("qwen3_moe", hidden_size=64, moe_intermediate_size=64), compress_statistics=False)
+    experts = [m for block in blocks(model) for m in block.experts.modules() if ours.is_quantized(m)]
+    for m in experts:
+        m.support_avx512bf16_for_cpu = True
+        if packed:
+            pack_for_cpu(m)
+    with ours.undisturbed(model.train()):
+        plain, truth = logits_and_gradients(model, tokens()), logits_and_gradients(exact_copy(model), tokens())
+        assert moe_ext.enable(model, strict=True).enabled_count == 2
+    states = [m.weight.quant_state.__dict__.get("packing_format_for_cpu", False) for m in experts]
+    assert states == [packed] * len(experts) and not any(m.compute_type_is_set for m in experts)
+    assert_same(logits_and_gradients(model, tokens()), plain, truth)
 
 
 @pytest.mark.tf4

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,8 +111,9 @@ def test_block(case: Case, dtype: torch.dtype, training: bool) -> None:
     training = training if training in case.modes else case.modes[0]
     model = randomised(Pair(case.build), dtype).train(training)
     x, choices = tokens(case, model), Choices()
+    double = copy.deepcopy(model).double()
     plain = run(model, x, choices.recording())
-    exact = run(copy.deepcopy(model).double(), x.double(), exactly(), choices.replaying())
+    exact = run(double, x.double(), exactly(), choices.replaying())
     report = moe_ext.enable(model, strict=True)
     assert [b.path for b in report.blocks] == [case.path] * 2 and report.enabled_count == 2, str(report)
     check(run(model, x), plain, exact, x)
@@ -151,6 +153,39 @@ def test_calls_to_the_outside_are_kept() -> None:
     routers.REPORTED.clear()
     model(torch.randn(2, 40, H))
     assert routers.REPORTED == [160, 160]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_model_on_the_base_class_of_transformers(dtype: torch.dtype, training: bool, tmp_path: Path) -> None:
+    remote = pytest.importorskip("own_blocks.remote")
+    model = remote.RemoteModel(remote.RemoteConfig()).to(dtype).train(training)
+    ids, choices = torch.randint(0, 64, (2, 40)), Choices()
+    exact_model = copy.deepcopy(model).double()
+    with choices.recording():
+        plain = run_on(model, ids)
+    with exactly(), choices.replaying():
+        exact = run_on(exact_model, ids)
+    assert moe_ext.enable(model, strict=True).enabled_count == 2
+    model.save_pretrained(tmp_path)
+    with choices.replaying():
+        new = run_on(model, ids)
+    for name, value in exact.items():
+        assert_accurate(new[name], plain[name], value, name)
+    assert isinstance(model.second(torch.randn(2, 4, H, dtype=dtype)), remote.BlockOutput)
+    assert isinstance(model.second(torch.randn(2, 4, H, dtype=dtype), return_dict=False), tuple)
+    again = remote.RemoteModel.from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(p, again.state_dict()[n]) for n, p in model.state_dict().items())
+
+
+def run_on(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The logits, the router's, and the gradients of all parameters as one: each counts by its size."""
+    model.zero_grad()
+    logits, router = model(ids)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(logits.dtype)
+    (logits * direction).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return {"logits": logits.detach(), "router logits": router.detach(), "gradients": torch.cat(gradients)}
 
 
 def test_hooks_on_experts_are_called_whenever_they_are_registered() -> None:

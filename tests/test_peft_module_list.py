@@ -1,7 +1,7 @@
 """LoRA of PEFT on experts that are one module each: what our grouped form computes, against PEFT's own layers.
 
-The number of a trap is in the name of its test. Of those that have no test here: T74, T82 to T87 are in test_peft_stacked.py too;
-T75 (another packing of the experts) concerns stacked adapters only.
+The number of a trap is in the name of its test. Those of stacked experts (T74, T75, T83, T86) are in test_peft_stacked.py, whole
+models in test_peft_enable_module_list.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,13 +112,15 @@ def test_T74_columns_of_B_run_over_the_experts_first(family: str) -> None:
         assert not torch.equal(other, adapter.b)
 
 
-def test_T52_T53_peft_may_take_the_stack_for_transposed() -> None:
-    """It asks the module for `is_transposed`, and takes what has no such attribute for `[E, out, in]`."""
-    experts = build_experts("gpt_oss").requires_grad_(False)
-    experts.is_transposed = False
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_T52_T53_peft_may_take_rows_for_columns(family: str) -> None:
+    """It asks the module for `is_transposed`, and older versions do not even ask."""
+    experts = build_experts(family).requires_grad_(False)
+    right = experts.is_transposed
+    experts.is_transposed = not right
     model = attach(Holder(experts), target_modules=[], target_parameters=["experts_of_mine.down_proj", "experts_of_mine.gate_up_proj"])
-    experts.is_transposed = True
-    assert all(wrapper._did_swap_in_out_features for wrapper in wrappers(model))
+    experts.is_transposed = right
+    assert all(ours._taken_for_transposed(wrapper) != right for wrapper in wrappers(model))
     check(model)
 
 
@@ -211,7 +215,7 @@ def test_T86_nothing_is_bound_to_a_wrapper_and_names_are_those_of_the_experts() 
     logits_and_gradients(model, tokens())
     assert {wrapper: dict(vars(wrapper)) for wrapper in wrappers(model)} == before and len(before) == 4
     assert [type(m) for m in model.modules()] == classes
-    assert all(ours._PENDING not in vars(experts) for experts in decorated(model))
+    assert not any("pending" in name for experts in decorated(model) for name in vars(experts))
     moe_ext.disable(model)
     assert {wrapper: dict(vars(wrapper)) for wrapper in wrappers(model)} == before
 
@@ -436,3 +440,20 @@ def test_experts_implementation_by_name_runs_adapters_grouped() -> None:
     other = with_lora(build("qwen3_moe"))
     moe_ext.enable(other, strict=True)
     assert torch.equal(named, other(tokens()).logits)
+
+
+def test_calls_of_several_threads_do_not_meet() -> None:
+    model = experts_with_lora("qwen3_moe")
+    moe_ext.enable(model, strict=True)
+    inputs = [(torch.randn(16, 32), *routing(16, 5, seed=seed)) for seed in range(4)]
+    with torch.no_grad():
+        expected = [run(model, *one) for one in inputs]
+        barrier = threading.Barrier(4)
+
+        def wait(*_: Any) -> None:
+            barrier.wait()
+
+        wrappers(model)[0].base_layer.register_forward_pre_hook(wait)  # all of them are inside the outer wrapper
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(torch.no_grad()(lambda one: run(model, *one)), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

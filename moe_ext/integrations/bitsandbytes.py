@@ -54,10 +54,13 @@ def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseC
     weights: list[_Weight] = []
     distinct: dict[Any, int] = {}
     last: Any = None
+    known: Any = None
     with _DISABLE_TORCH_FUNCTION():
         for i, linear in enumerate(linears):
-            if kind is None or not isinstance(linear, kind) or type(linear).forward is not kind.forward:
-                return f"expert {i} is a {type(linear).__name__}, not a Linear4bit of bitsandbytes"
+            if type(linear) is not known:
+                known = type(linear)
+                if kind is None or not issubclass(known, kind) or known.forward is not kind.forward:
+                    return f"expert {i} is a {known.__name__}, not a Linear4bit of bitsandbytes"
             attributes = linear.__dict__
             weight = attributes["_parameters"].get("weight")
             # FSDP and others rebuild the parameter without its state; the module keeps it.
@@ -76,7 +79,7 @@ def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseC
     if len(dtypes) > 1 or not dtypes <= set(COMPUTE_DTYPES):
         return f"its 4-bit experts compute in {', '.join(sorted(_name(d) for d in dtypes))}"
     if like is not None:
-        _decide_compute_dtype(examples, linears, like)
+        _decide_compute_dtype(linears, like)
     return Quantized4bit(weights, dtypes.pop() if dtypes else None, cache)
 
 
@@ -90,10 +93,11 @@ def _signature(attributes: dict[str, Any], weight: Any, state: Any) -> tuple[Any
     """All that `_unusable` and `_compute_dtype` look at."""
     if weight is None or state is None:
         return weight is None, state is None
-    absmax = state.absmax
+    fields = state.__dict__
+    absmax = fields["absmax"]
     return (
-        type(weight), weight.device, weight.dtype, weight.shape, weight.requires_grad,
-        state.shape, state.blocksize, state.quant_type, state.nested, _is_cpu_layout(state), absmax.device, absmax.dtype, absmax.shape,
+        type(weight), weight.device, weight.nbytes, weight.requires_grad, absmax.device, absmax.dtype, absmax.shape,
+        fields["shape"], fields["blocksize"], fields["nested"], fields.get("packing_format_for_cpu"),
         attributes["compute_dtype"], attributes["compute_type_is_set"], attributes["in_features"], attributes["out_features"],
     )  # fmt: skip
 
@@ -120,9 +124,8 @@ def _unusable(w: _Weight, first: _Weight, like: Tensor | None) -> str | None:
 def _damaged(weight: Tensor, state: Any) -> str | None:
     """Sizes are checked because the kernels of bitsandbytes do not: they would read past the end of a sharded weight."""
     numbers, absmax = state.shape.numel(), state.absmax
-    size, expected_size = weight.numel() * weight.element_size(), (numbers + 1) // 2
-    if size != expected_size:
-        return f"holds {size} bytes, where {numbers} packed values take {expected_size}: is it sharded?"
+    if weight.nbytes != (numbers + 1) // 2:
+        return f"holds {weight.nbytes} bytes, where {numbers} packed values take {(numbers + 1) // 2}: is it sharded?"
     expected = (torch.bfloat16, 2) if _is_cpu_layout(state) else (torch.uint8, 1) if state.nested else (torch.float32, 1)
     # Delete when `_convert_weight_packed_for_cpu_inverse` restores scales that are not nested: `state_dict()` leaves them wrong.
     if (absmax.dtype, absmax.dim()) != expected or absmax.numel() != -(numbers // -state.blocksize):
@@ -137,10 +140,8 @@ def _compute_dtype(linear: Any, like: Tensor | None) -> torch.dtype | None:
     return like.dtype if like.dtype in (torch.float32, torch.bfloat16) else linear.compute_dtype or like.dtype
 
 
-def _decide_compute_dtype(examples: Sequence[_Weight], linears: Sequence[Any], like: Tensor) -> None:
+def _decide_compute_dtype(linears: Sequence[Any], like: Tensor) -> None:
     """What the first forward of a Linear4bit does. Those without tokens are included: a set of experts has one compute dtype."""
-    if all(w.linear.compute_type_is_set for w in examples):
-        return
     for linear in linears:
         if not linear.compute_type_is_set:
             linear.set_compute_type(like)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import attrgetter, contains, is_, is_not
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..experts import ExpertWeights
 from . import bitsandbytes, peft
@@ -23,7 +25,9 @@ from .parameters import unusable
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
+_PLAIN = {nn.Parameter, Tensor}
+_dtype_of, _device_of, _is_cpu = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
+_modules_of, _parameters_of, _weight_of, _bias_of = map(itemgetter, ("_modules", "_parameters", "weight", "bias"))
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Listed:
 
     container: str
     projections: tuple[str | None, str, str]
+    _proven: frozenset[tuple[type, ...]] | None = field(default=None, repr=False, compare=False)
     _snapshot: _Snapshot | None = field(default=None, repr=False, compare=False)
 
     layout = "module list"
@@ -40,13 +45,22 @@ class Listed:
         """The tensors of the experts at this moment, or the reason why they must be left to the module's own code."""
         container = container_of(module, self.container)
         compiling = torch.compiler.is_compiling()  # a compiler guards what it has seen by itself
-        if not compiling and self._snapshot is not None:
-            weights = self._snapshot.weights(container, like)
+        snapshot = self._snapshot
+        if not compiling and _has_any_global_hook():
+            return "hooks are registered for the calls of all modules"
+        if not compiling and snapshot is not None:
+            weights = snapshot.weights(container, like)
             if weights is not None:
                 return weights
         found = _look(container, self.projections)
         if isinstance(found, str):
             return found
+        kinds = _kinds(container, self.projections)
+        if self._proven is None:
+            self._proven = kinds  # the first to read is the proof
+        elif not kinds <= self._proven:
+            other = " with a ".join(cls.__name__ for cls in next(iter(kinds - self._proven)))
+            return f"an expert is a {other}, which none was when it was proven"
         if all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
             if not compiling:
                 self._snapshot = _Snapshot(container, found)
@@ -93,6 +107,14 @@ def _look(container: nn.Module, projections: tuple[str | None, str, str]) -> _Li
                     return f"expert {name} has no {projection}"
                 linears.append(linear)
     return tuple(found)  # type: ignore[return-value]
+
+
+def _kinds(container: nn.Module, projections: tuple[str | None, str, str]) -> frozenset[tuple[type, ...]]:
+    """What decides on the formula of an expert: its class, and the classes of its children other than the projections."""
+    return frozenset(
+        (type(expert), *(type(child) for name, child in expert._modules.items() if name not in projections))
+        for expert in container._modules.values()
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -166,47 +188,65 @@ def _projection(linears: list[nn.Module], like: Tensor | None) -> tuple[Any, Any
 class _Snapshot:
     """What the last look found, in a form in which "nothing has changed" is a few loops without bytecode.
 
-    It holds the dictionaries of the modules, not copies of them: a module put elsewhere, a hook, a forward on an instance or another
-    parameter are seen in them. Dtypes and devices are those of the tensors, at each call.
+    Modules, their classes and children, hooks, forwards on instances and parameters are compared with what they were; classes, dtypes
+    and devices of the tensors are looked at in each call. A list is compared with another by identity, item by item.
     """
 
     def __init__(self, container: nn.Module, found: _Linears) -> None:
-        experts = [m for m in container._modules.values() if m is not None]
-        parts = [(expert._modules, name, child) for expert in experts for name, child in expert._modules.items()]
-        self.experts = experts
-        self.parents, self.names, self.children = ([part[i] for part in parts] for i in range(3))
-        watched = [*experts, *(child for child in self.children if child is not None)]
-        self.instances = [m.__dict__ for m in watched]
-        self.hooks = [m.__dict__[name] for m in watched for name in _HOOKS]
-        self.parameters = [None if linears is None else [m._parameters for m in linears] for linears in found]
-        self.biased = [linears is not None and linears[0]._parameters.get("bias") is not None for linears in found]
+        self.experts = [m for m in container._modules.values() if m is not None]
+        self.expert_types = list(map(type, self.experts))
+        self.expert_states = [m.__dict__ for m in self.experts]
+        self.children = [dict(m._modules) for m in self.experts]
+        self.linears = [m for linears in found if linears is not None for m in linears]
+        self.linear_states = [m.__dict__ for m in self.linears]
+        self.states = [*self.expert_states, *(child.__dict__ for d in self.children for child in d.values() if child is not None)]
+        self.parts = sum(linears is not None for linears in found)
+        self._read_hooks()
+
+    def _read_hooks(self) -> None:
+        """The dictionaries of hooks. They may be replaced, which shows in them only when the next hook is registered."""
+        self.registered = RemovableHandle.next_id
+        self.hooks = [state[name] for state in self.states for name in _HOOKS]
 
     def weights(self, container: nn.Module, like: Tensor | None) -> ExpertWeights | None:
         """The weights, or None if another look is needed."""
+        if self.registered != RemovableHandle.next_id:
+            self._read_hooks()
         if not (
-            len(container._modules) == len(self.experts)
-            and all(map(is_, container._modules.values(), self.experts))
-            and all(map(is_, map(dict.get, self.parents, self.names), self.children))
+            list(container._modules.values()) == self.experts
+            and list(map(type, self.experts)) == self.expert_types
+            and list(map(_modules_of, self.expert_states)) == self.children
+            and list(map(type, self.linears)).count(nn.Linear) == len(self.linears)
             and not any(self.hooks)
-            and not any(map(contains, self.instances, repeat("forward")))
+            and not any(map(contains, self.states, repeat("forward")))
         ):
             return None
-        weights, biases = ([self._tensors(kind, wanted) for wanted in which] for kind, which in self._wanted())
-        every = [t for tensors in (*weights, *biases) if tensors is not None for t in tensors]
-        like = every[0] if like is None else like
-        if like is None or not (
-            all(map(is_not, every, repeat(None)))
-            and set(map(type, every)) <= {nn.Parameter, Tensor}
-            and set(map(_dtype_of, every)) == {like.dtype}
-            and set(map(_device_of, every)) == {like.device}
-        ):
+        parameters = list(map(_parameters_of, self.linear_states))
+        try:
+            weights, biases = list(map(_weight_of, parameters)), list(map(_bias_of, parameters))
+        except KeyError:  # replicas and pruned layers hold them elsewhere
             return None
-        return _expert_weights(weights, biases)
+        biased = biases.count(None) < len(biases)
+        every = [*weights, *(b for b in biases if b is not None)] if biased else weights
+        if not _are_alike(every, weights[0] if like is None else like):
+            return None
+        by_kind = [_split(tensors, self.parts) for tensors in (weights, biases)]
+        if biased and any(0 < part.count(None) < len(part) for part in by_kind[1]):
+            return None
+        none: list[Any] = [None] * (3 - self.parts)  # without a gate
+        return _expert_weights(none + by_kind[0], none + (_present(by_kind[1]) if biased else [None] * self.parts))
 
-    def _wanted(self) -> tuple[tuple[str, list[Any]], ...]:
-        biased = [d if b else None for d, b in zip(self.parameters, self.biased, strict=True)]
-        return ("weight", self.parameters), ("bias", biased)
 
-    @staticmethod
-    def _tensors(kind: str, dictionaries: list[dict[str, Any]] | None) -> list[Any] | None:
-        return None if dictionaries is None else list(map(dict.get, dictionaries, repeat(kind)))
+def _are_alike(tensors: list[Any], like: Tensor) -> bool:
+    """Whether all are plain tensors of the dtype and on the device of `like`."""
+    return (
+        set(map(type, tensors)) <= _PLAIN
+        and set(map(_dtype_of, tensors)) == {like.dtype}
+        and (all(map(_is_cpu, tensors)) if like.is_cpu else set(map(_device_of, tensors)) == {like.device})
+        and tensors[0].numel() > 0  # emptied by ZeRO-3, which shards all or none
+    )
+
+
+def _split(items: list[Any], parts: int) -> list[list[Any]]:
+    size = len(items) // parts
+    return [items[i * size : (i + 1) * size] for i in range(parts)]

@@ -81,6 +81,8 @@ def unusable(tensors: list[Tensor], like: Tensor | None) -> str | None:
     for t in tensors:
         if is_traceable_wrapper_subclass(t):
             return f"a weight is a {type(t).__name__}, not a plain tensor"
+        if t.numel() == 0:
+            return "a weight is empty: it is sharded by ZeRO-3, or not loaded"
         if t.device != like.device or (t.dtype != like.dtype and not any_dtype) or not t.is_floating_point():
             return f"a weight is {t.dtype} on {t.device}, where {like.dtype} on {like.device} is needed"
     return None

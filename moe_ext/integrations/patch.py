@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,10 +53,14 @@ class Experts:
     parameters: tuple[str, ...] = ()
     loop: Loop | None = None
     child: str = ""
+    _method: tuple[type, Callable[..., Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def path(self) -> str:
         return self.formula.path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_method": None}  # it is made of code, which cannot be pickled
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Compute | None = None) -> Any:
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -67,9 +71,10 @@ class Experts:
         experts = partial(self.compute, module, weights, compute or functional.grouped_experts)
         if self.loop is None:
             return experts(values)
-        assert isinstance(self.reader, Listed)
-        method = loops.without(type(module), self.attribute, self.reader.container, self.loop, self.routing)
-        return method(module, *args, **kwargs, experts=experts)
+        if self._method is None or self._method[0] is not type(module):  # kept here, where a compiler sees it without making it anew
+            assert isinstance(self.reader, Listed)
+            self._method = type(module), loops.without(type(module), self.attribute, self.reader.container, self.loop, self.routing)
+        return self._method[1](module, *args, **kwargs, experts=experts)
 
     def compute(self, module: nn.Module, weights: ExpertWeights, compute: Compute, values: Mapping[str, Any]) -> Tensor:
         x, index, w = self.routing.resolve(values, weights.num_experts)
@@ -161,6 +166,7 @@ def apply(module: nn.Module, cut: Cut) -> None:
         return
     module.__dict__.setdefault(OUR_PATCHES, {})[attribute] = patch
     module.__dict__[attribute] = patch
+    module.__dict__[_REPLICATE] = partial(_replicate, module)
 
 
 def revert(module: nn.Module) -> bool:
@@ -182,4 +188,19 @@ def _revert(module: nn.Module, attribute: str, patch: Patch) -> None:
     if module.__dict__.get(attribute) is patch:
         del module.__dict__[attribute], ours[attribute]
     if not ours:
-        del module.__dict__[OUR_PATCHES]
+        del module.__dict__[OUR_PATCHES], module.__dict__[_REPLICATE]
+
+
+#: The method by which `nn.DataParallel` copies a module for another device.
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A replica has the attributes of the original: without this its forward would be ours on the original, with its weights."""
+    replica = getattr(type(module), _REPLICATE)(module)
+    del replica.__dict__[_REPLICATE]
+    ours = replica.__dict__[OUR_PATCHES] = {}
+    for attribute, patch in patches_of(module).items():
+        if replica.__dict__.get(attribute) is patch:
+            ours[attribute] = replica.__dict__[attribute] = Patch(replica, patch.cut)
+    return replica

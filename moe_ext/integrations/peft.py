@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -26,8 +27,8 @@ from ..experts import ExpertWeights, Projection
 
 
 # --------------------------------------------------------------------------------------------------- facts about versions of PEFT
-# PEFT has no public way to ask what a layer computes, so its classes are looked at: read in 0.21, unchanged since 0.17 (ParamWrapper)
-# and 0.15 (`lora_variant`). Delete when PEFT offers a layer's active factors and scaling. What is not in `sys.modules` is not in use.
+# PEFT has no public way to ask what a layer computes, so its classes are looked at, as they are in 0.17, 0.18 and 0.21. Delete when
+# PEFT offers a layer's active factors and scaling. What is not in `sys.modules` is not in use.
 def _plain_lora_classes() -> tuple[type, ...]:
     """Linear layers whose forward is `base(x) + scaling * B(A(dropout(x)))` for each active adapter; subclasses may differ."""
     layer, bnb = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.tuners.lora.bnb")
@@ -45,6 +46,11 @@ def _wrapper_classes() -> tuple[type, ...]:
 def _param_wrapper_class() -> Any:
     wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
     return wrapper if hasattr(wrapper, "_activate_lora") else None
+
+
+def _taken_for_transposed(wrapper: Any) -> bool:
+    """Whether PEFT takes the stack for `[E, in, out]`: it asks the module; 0.17 and 0.18 take every stack for that."""
+    return not getattr(wrapper, "_did_swap_in_out_features", False)
 
 
 # --------------------------------------------------------------------------------------------------------------------- computation
@@ -189,13 +195,13 @@ def _active_factors(layer: Any) -> list[_Factors] | str:
         if a is None:
             continue
         b, dropout = parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
-        if name in layer.lora_variant or layer.use_dora.get(name):
+        if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
             return f"has the adapter {name!r}, which is DoRA or another variant of LoRA"
         if dropout.training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1) > 0:
             return f"has dropout on its adapter {name!r}"
         if type(a) is not nn.Linear or type(b) is not nn.Linear or _any_hooked(a, b, dropout):
             return f"has other modules than linear layers, or hooks, in its adapter {name!r}"
-        if b._parameters["bias"] is not None:
+        if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
             return f"has a bias in its adapter {name!r}"
         weight_a, weight_b = a._parameters["weight"], b._parameters["weight"]
         if type(weight_a) not in _PLAIN_TENSORS or type(weight_b) not in _PLAIN_TENSORS:
@@ -237,20 +243,27 @@ def _on_all_experts(entries: Sequence[_Factors | None]) -> LowRank:
 
 
 # ------------------------------------------------------------------------------------------------------------------ stacked experts
-#: The attribute of a set of experts that holds what PEFT has put on it for the length of one call.
-_PENDING = "_moe_ext_pending_adapters"
-
 #: The attribute of PEFT's class that holds its own method.
 _ORIGINAL = "_moe_ext_original_activate_lora"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     """A ParamWrapper whose activation is put off, and the adapters it would activate."""
 
     wrapper: Any
     active: list[str]
     applied: bool = False
+
+
+def _slot() -> str:
+    """The attribute of a set of experts that holds what PEFT has put on it, for the length of one call of this thread."""
+    thread = 0 if torch.compiler.is_compiling() else threading.get_ident()  # what is traced is gone when the graph runs
+    return f"_moe_ext_pending_adapters_{thread}"
+
+
+def _pending(experts: nn.Module) -> Sequence[_Pending]:
+    return experts.__dict__.get(_slot(), ())
 
 
 def defer_activation(accepts: Callable[[nn.Module, str], bool]) -> None:
@@ -273,14 +286,14 @@ def defer_activation(accepts: Callable[[nn.Module, str], bool]) -> None:
                 yield
             return
         pending = _Pending(self, active)
-        everything = experts.__dict__.setdefault(_PENDING, [])
+        everything = experts.__dict__.setdefault(_slot(), [])
         everything.append(pending)
         try:
             yield
         finally:
             everything.remove(pending)
             if not everything:
-                del experts.__dict__[_PENDING]
+                del experts.__dict__[_slot()]
         if not pending.applied:
             raise RuntimeError(f"{type(experts).__name__}.forward did not run moe_ext, which was to apply its adapters {active}")
 
@@ -294,13 +307,13 @@ def with_adapters(experts: nn.Module, weights: ExpertWeights, names: tuple[str, 
     Or the reason why they have to be applied as PEFT does it, which `activated` does.
     """
     found: dict[str, Adapters] = {}
-    for pending in experts.__dict__.get(_PENDING, ()):
+    for pending in _pending(experts):
         wrapper = pending.wrapper
         adapters = [_stacked_factors(wrapper, name, transposed) for name in pending.active]
         if any(type(t) not in _PLAIN_TENSORS for adapter in adapters for t in adapter.tensors()):
             return f"an adapter of {wrapper.parameter_name} is not a plain tensor"
         found.setdefault(wrapper.parameter_name, []).extend(adapters)
-    for pending in experts.__dict__.get(_PENDING, ()):
+    for pending in _pending(experts):
         pending.applied = True
     gate_up, down = (found.get(name) for name in names)
     return replace(
@@ -315,7 +328,7 @@ def _stacked_factors(wrapper: Any, name: str, transposed: bool) -> LowRank:
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     experts = wrapper.num_experts
     a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
-    if wrapper._did_swap_in_out_features is transposed:  # PEFT has taken [E, in, out] for [E, out, in], or the other way round
+    if _taken_for_transposed(wrapper) != transposed:  # then rows are columns to PEFT
         a, b = b.mT, a.mT
     return LowRank(a, b, wrapper.scaling[name])
 
@@ -324,7 +337,7 @@ def _stacked_factors(wrapper: Any, name: str, transposed: bool) -> LowRank:
 def activated(experts: nn.Module) -> Iterator[None]:
     """The adapters that wait for this call are applied as PEFT does it, to the whole stack, for the length of a `with` statement."""
     with contextlib.ExitStack() as stack:
-        for pending in experts.__dict__.get(_PENDING, ()):
+        for pending in _pending(experts):
             pending.applied = True
             stack.enter_context(getattr(type(pending.wrapper), _ORIGINAL)(pending.wrapper, pending.active))
         yield

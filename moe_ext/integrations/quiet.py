@@ -23,6 +23,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     the random state are afterwards what they were. Gradients are on, autocast is off.
     """
     attributes = [(m, m.__dict__.copy()) for m in module.modules()]
+    # Emptied and filled again, not replaced: whoever holds such a dictionary, as handles and our own readers do, goes on seeing it.
+    hooks = [(saved[name], dict(saved[name])) for _, saved in attributes for name in _HOOKS if saved.get(name)]
     buffers = [(m, n, b, b.clone()) for m, _ in attributes for n, b in m._buffers.items() if b is not None and not b.is_meta]
     devices = {p.device for p in module.parameters() if p.is_cuda}
     kind = next(iter(devices)).type if devices else "cpu"
@@ -33,10 +35,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.autocast(kind, enabled=False),
     ):
         try:
-            for m, saved in attributes:
-                m.__dict__.update({name: type(saved[name])() for name in _HOOKS if saved.get(name)})
+            for registered, _ in hooks:
+                registered.clear()
             yield
         finally:
+            for registered, saved in hooks:
+                registered.update(saved)
             for m, saved in attributes:
                 m.__dict__.clear()
                 m.__dict__.update(saved)

@@ -35,6 +35,7 @@ class StackedPlan:
     reason: str | None = None
     previous: str | None = field(default=None)
     proven: bool = False
+    act_fn: type | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model dispatches on the name in its config: the process it arrives in must know the name.
@@ -70,6 +71,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     reason = plan.reason
     if reason is None and disabled_by_environment():
         reason = f"{DISABLE_VARIABLE} is set"
+    if reason is None and type(getattr(self, "act_fn", None)) is not plan.act_fn and not plan.formula.own_gate:  # type: ignore[union-attr]
+        reason = f"its act_fn is another than when it was enabled, a {type(self.act_fn).__name__}"
     weights = reason or _read_adapted(self, hidden_states)
     if isinstance(weights, ExpertWeights):
         assert plan.formula is not None
@@ -136,6 +139,7 @@ def previous_implementation(module: nn.Module) -> str | None:
 
 def apply(module: nn.Module, plan: StackedPlan) -> None:
     register()
+    plan.act_fn = type(getattr(module, "act_fn", None))
     setattr(module, _PLAN, plan)
     versions.set_experts_implementation(module, IMPLEMENTATION)
 
@@ -157,7 +161,7 @@ def _plan_on_first_use(module: nn.Module) -> StackedPlan:
         # The formula cannot be probed inside a graph; the module's own functions need no probing.
         return StackedPlan(formulas.own_formula(module))
     found = detect.stacked(module)
-    plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION)
+    plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION, act_fn=type(getattr(module, "act_fn", None)))
     setattr(module, _PLAN, plan)
     if plan.reason is None:
         log_once(
@@ -172,6 +176,8 @@ def _unusable(weights: ExpertWeights, hidden_states: Tensor) -> str | None:
     for t in weights.tensors():
         if is_traceable_wrapper_subclass(t):
             return f"a weight is a {type(t).__name__}, not a plain tensor"
+        if t.numel() == 0:
+            return "a weight is empty: it is sharded by ZeRO-3, or not loaded"
         if t.device != hidden_states.device:
             return f"a weight is on {t.device}, hidden_states on {hidden_states.device}"
         if t.dtype != hidden_states.dtype and not autocast:

@@ -145,13 +145,12 @@ def build(architecture: Architecture, dtype: torch.dtype, training: bool) -> nn.
 
 
 def _as_loaded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in `dtype`, with what its class insists on keeping in float32."""
+    """All real numbers in `dtype`, except for what the model's class insists on keeping in float32."""
     kept = {part for m in model.modules() for part in getattr(m, "_keep_in_fp32_modules_strict", None) or ()}
-    model.to(dtype)
     for path, module in model.named_modules():
-        for name, t in [*module._parameters.items(), *module._buffers.items()]:
-            if t is not None and any(f".{part}." in f".{path}.{name}." for part in kept):
-                t.data = t.data.float()
+        for name, t in (module._parameters | module._buffers).items():
+            if t is not None and t.is_floating_point() and not any(f".{part}." in f".{path}.{name}." for part in kept):
+                t.data = t.data.to(dtype)
     return model
 
 

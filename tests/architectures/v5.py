@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 24, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "max_position_embeddings": 64,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
     "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 2, "topk_group": 1,
-    "mlp_layer_types": ["sparse", "sparse"], "first_k_dense_replace": 1, "swiglu_limit": 1.5, "router_jitter_noise": 0.1,
+    "mlp_layer_types": ["sparse", "sparse"], "first_k_dense_replace": 1, "swiglu_limit": 0.25, "router_jitter_noise": 0.1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "sliding_window": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
     "linear_head_dim": 8, "linear_num_heads": 2, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2,
@@ -35,6 +35,9 @@ SMALL: dict[str, Any] = {
 
 #: Linear attention norms a state that is the smaller the fewer tokens there were: it comes first, where it sees no experts' rounding.
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+#: A clamp has kinks, where the derivative is what rounding makes it. There is one layer of such experts, so that all runs have the same
+#: input, and its limit is small: near a small number a value's own rounding moves it less than the errors that all runs share.
+CLAMPED: dict[str, Any] = {"blocks": 1, "mlp_layer_types": ["dense", "sparse"]}
 GRANITE = {"embedding_multiplier": 1.5, "logits_scaling": 2.0, "residual_multiplier": 0.8, "attention_multiplier": 0.3}
 NEMOTRON: dict[str, Any] = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "ssm_state_size": 8, "mamba_num_heads": 4,
@@ -83,16 +86,16 @@ def text(name: str, prefix: str, **options: Any) -> Architecture:
     return entry(name, f"{prefix}TextConfig", f"{prefix}TextModel", **({"package": name.removesuffix("_text")} | options))
 
 
-def hashed() -> nn.Module:
-    """DeepSeek-V4 has a table of experts by token, which a checkpoint brings: here, any two that are not the same."""
+def deepseek_v4(mlp: str, attention: str) -> nn.Module:
+    """A layer of DeepSeek-V4. The table of experts by token, which a checkpoint brings, here has any two that are not the same."""
     config = small(
-        "deepseek_v4", "DeepseekV4Config", mlp_layer_types=["hash_moe", "moe"], o_groups=2, o_lora_rank=8, hc_mult=2,
-        layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
-        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "deepseek_v4", "DeepseekV4Config", num_hidden_layers=1, layer_types=[attention], mlp_layer_types=[mlp], o_groups=2,
+        o_lora_rank=8, hc_mult=2, compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     )  # fmt: skip
     model = importlib.import_module("transformers.models.deepseek_v4.modeling_deepseek_v4").DeepseekV4ForCausalLM(config)
-    table = model.get_buffer("model.layers.0.mlp.gate.tid2eid")
-    table.copy_(torch.rand(len(table), 8, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, : table.shape[1]])
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            table.copy_(torch.rand(len(table), 8, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, : table.shape[1]])
     return model
 
 
@@ -150,7 +153,8 @@ ARCHITECTURES: list[Architecture] = [
     lm("deepseek_v2_group", "DeepseekV2", blocks=1, package="deepseek_v2", topk_method="group_limited_greedy"),
     lm("deepseek_v3", "DeepseekV3", blocks=1),
     lm("deepseek_v32", "DeepseekV32"),
-    Architecture("deepseek_v4", hashed, ids, blocks=2),
+    Architecture("deepseek_v4", partial(deepseek_v4, "moe", "compressed_sparse_attention"), ids, blocks=1),
+    Architecture("deepseek_v4_hash", partial(deepseek_v4, "hash_moe", "heavily_compressed_attention"), ids, blocks=1),
     entry(
         "diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemmaModel", blocks=4, canvas_length=8, vision_config=GEMMA_VISION,
         text_config=partial(small, "diffusion_gemma", "DiffusionGemmaTextConfig", **GEMMA), inputs=both_sides,
@@ -180,9 +184,9 @@ ARCHITECTURES: list[Architecture] = [
     lm("glm4_moe", "Glm4Moe", blocks=1),
     lm("glm4_moe_lite", "Glm4MoeLite"),
     text("glm4v_moe_text", "Glm4vMoe", blocks=1, rope_parameters=ROPE_3D | {"partial_rotary_factor": 1.0}),
-    text("glm5_next_text", "Glm5Next", qk_rope_head_dim=0, head_dim=0, index_kpool=2, hc_mult=2, **LINEAR),
+    text("glm5_next_text", "Glm5Next", qk_rope_head_dim=0, head_dim=0, index_kpool=2, hc_mult=2, **LINEAR, **CLAMPED),
     lm("glm_moe_dsa", "GlmMoeDsa"),
-    lm("gpt_oss", "GptOss"),
+    lm("gpt_oss", "GptOss", blocks=1, num_hidden_layers=1),
     lm("granitemoe", "GraniteMoe", **GRANITE),
     lm("granitemoe_swa", "GraniteMoeSWA", **GRANITE),
     lm(
@@ -192,7 +196,7 @@ ARCHITECTURES: list[Architecture] = [
     lm("granitemoeshared", "GraniteMoeShared", shared_intermediate_size=16, **GRANITE),
     lm("hunyuan_v1_moe", "HunYuanMoEV1"),
     lm("hy_v3", "HYV3"),
-    lm("hy_v4", "HYV4"),
+    lm("hy_v4", "HYV4", **CLAMPED),
     text("inkling_text", "Inkling"),
     text("inkling2_text", "Inkling2", path="composed"),
     lm("jamba", "Jamba", blocks=1),
@@ -217,7 +221,7 @@ ARCHITECTURES: list[Architecture] = [
     lm("mimo_v2_flash", "MiMoV2Flash", num_key_value_heads=1),
     lm("minimax", "MiniMax", **LINEAR),
     lm("minimax_m2", "MiniMaxM2"),
-    text("minimax_m3_vl_text", "MiniMaxM3VL"),
+    text("minimax_m3_vl_text", "MiniMaxM3VL", **CLAMPED),
     lm("mistral4", "Mistral4", blocks=1),
     text("mistral_large4_text", "MistralLarge4"),
     lm("mixtral", "Mixtral"),
@@ -237,7 +241,7 @@ ARCHITECTURES: list[Architecture] = [
         num_experts=4, expert_capacity=10, router_bias=True, pad_token_id=1, inputs=both_sides,
     ),
     lm("olmoe", "Olmoe"),
-    entry("openai_privacy_filter", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterModel"),
+    entry("openai_privacy_filter", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterModel", blocks=1, num_hidden_layers=1),
     lm("phimoe", "Phimoe", input_jitter_noise=0.1),
     lm("qwen2_moe", "Qwen2Moe"),
     text("qwen3_5_moe_text", "Qwen3_5Moe", **LINEAR),
@@ -256,7 +260,7 @@ ARCHITECTURES: list[Architecture] = [
     text("qwen3_vl_moe_text", "Qwen3VLMoe"),
     text("qwen4_exp_text", "Qwen4Exp", hc_count=2, hc_lowrank=8, **LINEAR),
     lm("solar_open", "SolarOpen"),
-    text("step3p7_text", "Step3p7", path="composed", pad_token_id=0, share_expert_dim=16, swiglu_limits=[1.5, 1.5]),
+    text("step3p7_text", "Step3p7", path="composed", pad_token_id=0, share_expert_dim=16, swiglu_limits=[0.25, 0.25], **CLAMPED),
     # Its attention does not scale its scores: with more than a few numbers in a key they are too far apart to compute in bfloat16.
     entry(
         "switch_transformers", "SwitchTransformersConfig", "SwitchTransformersEncoderModel", blocks=1, d_model=32, d_kv=4, d_ff=24,

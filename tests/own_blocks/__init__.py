@@ -1,7 +1,8 @@
 """MoE blocks as authors of their own model code write them: none of them is in transformers, all of them are made up here.
 
-`experts` the MLPs, `lists` and `routers` blocks with one module per expert, `stacks` with stacked parameters, `refused` what must be
-left alone with a reason, `innocent` models that hold no experts at all. Sizes: E experts, H hidden, I inner, K experts per token.
+`experts` the MLPs, `lists` and `routers` blocks with one module per expert, `stacks` with stacked parameters, `odd_loops` and `refused`
+what must be left alone with a reason, `innocent` models that hold no experts at all, `remote` a model on transformers' base class.
+Sizes: E experts, H hidden, I inner, K experts per token.
 """
 
 from __future__ import annotations

@@ -360,8 +360,8 @@ class Tied(Block):
 
 
 KINDS = (
-    TwoWays, TwoWaysInGroups, WithoutGradient, Jitter, FrozenRouter, Best, Hard, OneHot, Nothing, Dropped, Identities, TwoRounds, InnerRouter,
-    OntoShared, Remembers, Reports, Tied,
+    TwoWays, TwoWaysInGroups, WithoutGradient, Jitter, FrozenRouter, Best, Hard, OneHot, Nothing, Dropped, Identities, TwoRounds,
+    InnerRouter, OntoShared, Remembers, Reports, Tied,
 )  # fmt: skip
 CASES = [
     *(Case(f"router {kind.__name__}", kind) for kind in KINDS),

@@ -296,7 +296,6 @@ def _case(name: str, stack: type[Stack], call: str, path: str = "fused", **optio
 CASES = [
     _case("Stack", Stack, "x index weights"),
     _case("Transposed", Transposed, "index weights x"),
-    _case("UpFirst", UpFirst, "x index weights"),
     _case("Interleaved", Interleaved, "names"),
     _case("Biased", Biased, "x index weights"),
     _case("OneBias", OneBias, "x index weights"),

@@ -1,7 +1,8 @@
 // The activation between the two projections, forward and backward, one block per row; formulas in ../activation.h and ../params.h.
 #include "../activation.h"
-#include "element.cuh"
 #include "kernels.h"
+#include "operands.cuh"
+#include "pointer_table.h"
 
 namespace moe::cuda {
 namespace {
@@ -37,8 +38,7 @@ __device__ acc_t<T> bias_dot(const GatedActivationBackwardParams& p, int64_t r, 
     const int64_t middle = (low + high) / 2;
     (p.expert_offsets[middle] <= r ? low : high) = middle;
   }
-  const T* bias = p.down_bias.list ? static_cast<const T*>(p.down_bias.list[low])
-                                   : static_cast<const T*>(p.down_bias.base) + low * p.down_bias.stride_e;
+  const T* bias = expert_data<T>(p.down_bias, low);
   const T* grad = static_cast<const T*>(p.grad_out.data) + slot / p.grad_out.top_k * p.grad_out.stride;
   acc_t<T> sum = 0;
   for (int64_t h = threadIdx.x; h < p.H; h += kThreads) sum += to_acc(grad[h]) * to_acc(bias[h]);
@@ -95,7 +95,12 @@ Status launch_forward(const GatedActivationParams& p, const Launch& launch) {
   });
 }
 
-Status launch_backward(const GatedActivationBackwardParams& p, const Launch& launch) {
+int64_t workspace_backward(const GatedActivationBackwardParams& p, int) { return pointer_table_bytes(p.down_bias.list, p.E); }
+
+Status launch_backward(const GatedActivationBackwardParams& host, const Launch& launch) {
+  GatedActivationBackwardParams p = host;
+  char* place = static_cast<char*>(launch.workspace);
+  if (const Status s = move_to_device(p.down_bias, p.E, place, launch); s != Status::kOk) return s;
   return visit_dtype<ElementTypes>(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return visit_activation(p.activation.kind, [&](auto k) { return launch_rows(backward_kernel<T, decltype(k)::kind>, p.S, launch, p); });
@@ -105,6 +110,6 @@ Status launch_backward(const GatedActivationBackwardParams& p, const Launch& lau
 }  // namespace
 
 const Kernel<GatedActivationParams> gated_activation = {nullptr, nullptr, launch_forward};
-const Kernel<GatedActivationBackwardParams> gated_activation_backward = {nullptr, nullptr, launch_backward};
+const Kernel<GatedActivationBackwardParams> gated_activation_backward = {nullptr, workspace_backward, launch_backward};
 
 }  // namespace moe::cuda

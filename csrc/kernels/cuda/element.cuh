@@ -51,12 +51,24 @@ __device__ A block_sum(A v, A* scratch) {
   return sum;
 }
 
+// Whether the launches so far were accepted.
+inline Status launched() { return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed; }
+
+// Of the current device, as 80, 90, 120; 0 when there is none.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major * 10 + minor;
+}
+
 // One block per row; row counts are below 2^31, the limit of gridDim.x. Nothing is launched for no rows.
 template <class... Params, class... Args>
 Status launch_rows(void (*kernel)(Params...), int64_t rows, const Launch& launch, Args... args) {
   if (rows == 0) return Status::kOk;
   kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(args...);
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+  return launched();
 }
 
 }  // namespace moe::cuda

@@ -4,9 +4,13 @@
 
 namespace moe::cuda {
 
+extern const Kernel<SortParams> sort_by_expert;
 extern const Kernel<PermuteParams> permute;
 extern const Kernel<UnpermuteParams> unpermute;
 extern const Kernel<UnpermuteBackwardParams> unpermute_backward;
+extern const Kernel<GroupedMmParams> grouped_mm;
+extern const Kernel<GroupedMmWgradParams> grouped_mm_wgrad;
+extern const Kernel<GroupedBiasGradParams> grouped_bias_grad;
 extern const Kernel<GatedActivationParams> gated_activation;
 extern const Kernel<GatedActivationBackwardParams> gated_activation_backward;
 

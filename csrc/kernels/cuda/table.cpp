@@ -1,5 +1,4 @@
-// The CUDA kernel table. A kernel left out here does not exist yet: sort_by_expert, grouped_mm, grouped_mm_wgrad and
-// grouped_bias_grad, and with them grouped_forward, answer with a sentence that says so.
+// The CUDA kernel table.
 #include "kernels.h"
 
 namespace moe::cuda {
@@ -10,7 +9,11 @@ const KernelTable& table() {
     table.device = "CUDA";
     table.variant = MOE_CUDA_ARCHS;
     table.dtypes = "float64, float32, bfloat16, float16";
+    table.sort_by_expert = sort_by_expert;
     table.permute = permute;
+    table.grouped_mm = grouped_mm;
+    table.grouped_mm_wgrad = grouped_mm_wgrad;
+    table.grouped_bias_grad = grouped_bias_grad;
     table.unpermute = unpermute;
     table.unpermute_backward = unpermute_backward;
     table.gated_activation = gated_activation;

@@ -1,0 +1,142 @@
+// grouped_mm: out[r, :] = x[r, :] @ weight[e]^T + bias[e], rounded once. Chooses the kernel by the table in grouped_mm_config.h;
+// the tensor-core kernels for every device from sm_80 are here. A block computes one tile of rows of one expert, found from the
+// offsets on the device (row_tiles.h); the rows of dropped slots are a group of their own and are written as zero.
+#include "grouped_gemm.h"
+#include "grouped_mm_config.h"
+#include "kernels.h"
+#include "mma_tile.cuh"
+#include "operands.cuh"
+#include "pointer_table.h"
+#include "row_tiles.h"
+
+namespace moe::cuda {
+namespace {
+
+constexpr int kColumns = 128;  // of a tile
+
+// Where the tile's results go.
+template <class T>
+struct Output {
+  T* out;  // the tile's first element
+  int64_t stride;
+  const T* bias;  // of the tile's first column, or null
+  int rows, columns;
+  bool accumulate;
+
+  __device__ void operator()(int row, int column, float first, float second) const {
+    if (row >= rows || column >= columns) return;
+    T* target = out + row * stride + column;
+    const bool has_second = column + 1 < columns;
+    if (bias) first += to_acc(bias[column]);
+    if (bias && has_second) second += to_acc(bias[column + 1]);
+    if (accumulate) first += to_acc(target[0]);
+    if (accumulate && has_second) second += to_acc(target[1]);
+    store_pair(target, first, second, has_second);
+  }
+
+  __device__ void clear() const {
+    for (int i = threadIdx.x; i < rows * kColumns; i += kMmaThreads) {
+      if (i % kColumns < columns) out[i / kColumns * stride + i % kColumns] = T(0.0f);
+    }
+  }
+};
+
+template <class T, int kRows, Major major_b, bool kAligned>
+__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmParams p, int64_t row_tiles, int64_t column_tiles) {
+  using Tile = MmaTile<kRows, kColumns>;
+  extern __shared__ __align__(128) char shared[];
+  const TilePosition position = tile_position(blockIdx.x, row_tiles, column_tiles);
+  const RowTile tile = RowTiles(p.expert_offsets, p.S, p.E, kRows).find(position.row_tile);
+  if (tile.rows == 0) return;
+  const int64_t n0 = position.column_tile * kColumns, e = tile.group;
+  Output<T> output{static_cast<T*>(p.out) + tile.begin * p.out_stride + n0,
+                   p.out_stride,
+                   nullptr,
+                   tile.rows,
+                   static_cast<int>(least<int64_t>(p.N - n0, kColumns)),
+                   p.accumulate};
+  if (e == p.E) return output.clear();
+  if (p.bias) output.bias = expert_data<T>(p.bias, e) + n0;
+
+  const KMajorLoader<T, kRows, kAligned> a(static_cast<const T*>(p.x.data), tile.rows,
+                                           [&](int r) { return row_of<T>(p.x, tile.begin + r); });
+  const T* weight = expert_data<T>(p.weight, e);
+  float sums[Tile::kStepsM][Tile::kStepsN][4] = {};
+  if constexpr (major_b == Major::kK) {
+    const KMajorLoader<T, kColumns, kAligned> b(weight, output.columns, [&](int n) { return weight + (n0 + n) * p.weight.stride_n; });
+    multiply_tile<T, Tile>(a, b, p.K, shared, sums);
+  } else {
+    const auto row_at = [weight, stride = p.weight.stride_k](int64_t k) { return weight + k * stride; };
+    const MnMajorLoader<T, kColumns, kAligned, decltype(row_at)> b(weight, n0, p.N, row_at);
+    multiply_tile<T, Tile>(a, b, p.K, shared, sums);
+  }
+  for_each_pair<Tile>(sums, output);
+}
+
+template <class T, int kRows, Major major_b, bool kAligned>
+Status launch_tiles(const GroupedMmParams& p, const Launch& launch) {
+  constexpr int kShared = MmaTile<kRows, kColumns>::kSharedBytes;
+  const auto kernel = mma_kernel<T, kRows, major_b, kAligned>;
+  const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kRows).count(), column_tiles = divide_up(p.N, kColumns);
+  if (row_tiles * column_tiles > INT32_MAX) return Status::kUnsupportedLayout;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return Status::kLaunchFailed;
+  kernel<<<static_cast<unsigned>(row_tiles * column_tiles), kMmaThreads, kShared, static_cast<cudaStream_t>(launch.stream)>>>(
+      p, row_tiles, column_tiles);
+  return launched();
+}
+
+template <class T, int kRows, bool kAligned>
+Status launch_rows_of(const GroupedMmParams& p, const Launch& launch) {
+  return p.weight.stride_k == 1 ? launch_tiles<T, kRows, Major::kK, kAligned>(p, launch)
+                                : launch_tiles<T, kRows, Major::kMN, kAligned>(p, launch);
+}
+
+template <class T>
+Status launch_mma(GemmKernel kernel, const GroupedMmParams& p, const Launch& launch) {
+  switch (kernel) {
+    case GemmKernel::kMmaElements:
+      return launch_rows_of<T, 64, false>(p, launch);
+    case GemmKernel::kMma64:
+      return launch_rows_of<T, 64, true>(p, launch);
+    default:
+      return launch_rows_of<T, 128, true>(p, launch);
+  }
+}
+
+GemmKernel chosen(const GroupedMmParams& p) {
+  const int64_t element = element_size(p.dtype), weight_stride = p.weight.stride_k == 1 ? p.weight.stride_n : p.weight.stride_k;
+  GemmQuery query{p.dtype};
+  query.capability = compute_capability();
+  query.rows = p.S;
+  query.experts = p.E;
+  query.N = p.N;
+  query.K = p.K;
+  query.aligned = is_aligned(p.x, element) && is_aligned(p.weight, p.E, weight_stride, element);
+  query.epilogue = p.bias || p.accumulate;
+  return choose(kGroupedMmRules, query).kernel;
+}
+
+Status supports(const GroupedMmParams& p) {
+  return p.weight.stride_n == 1 || p.weight.stride_k == 1 ? Status::kOk : Status::kUnsupportedLayout;
+}
+
+int64_t workspace(const GroupedMmParams& p, int) {
+  return pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E);
+}
+
+Status launch(const GroupedMmParams& host, const Launch& launch) {
+  if (host.S == 0 || host.N == 0) return Status::kOk;
+  const GemmKernel kernel = chosen(host);
+  GroupedMmParams p = host;
+  char* place = static_cast<char*>(launch.workspace);
+  if (const Status s = move_to_device(p.weight, p.E, place, launch); s != Status::kOk) return s;
+  if (const Status s = move_to_device(p.bias, p.E, place, launch); s != Status::kOk) return s;
+  if (kernel == GemmKernel::kSimt) return simt_grouped_mm(p, launch);
+  return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
+}
+
+}  // namespace
+
+const Kernel<GroupedMmParams> grouped_mm = {supports, workspace, launch};
+
+}  // namespace moe::cuda

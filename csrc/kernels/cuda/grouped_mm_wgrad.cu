@@ -1,0 +1,79 @@
+// grouped_mm_wgrad: out[e] = a[rows of e]^T @ b[rows of e]. Chooses the kernel by the table in grouped_mm_config.h; the
+// tensor-core kernel for every device from sm_80 is here. A block computes one tile of one expert's matrix over all of its rows
+// in their order: no atomics, and an expert without rows is an empty sum, exactly zero.
+#include "grouped_gemm.h"
+#include "grouped_mm_config.h"
+#include "kernels.h"
+#include "mma_tile.cuh"
+#include "operands.cuh"
+#include "pointer_table.h"
+
+namespace moe::cuda {
+namespace {
+
+using Tile = MmaTile<128, 128>;
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmWgradParams p, int64_t tiles_m, int64_t tiles_n) {
+  extern __shared__ __align__(128) char shared[];
+  const int64_t tiles = tiles_m * tiles_n, e = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t m0 = tile % tiles_m * Tile::kM, n0 = tile / tiles_m * Tile::kN;
+  const int64_t first = p.expert_offsets[e], depth = p.expert_offsets[e + 1] - first;
+  const auto row_of_a = [&](int64_t k) { return row_of<T>(p.a, first + k); };
+  const auto row_of_b = [&](int64_t k) { return row_of<T>(p.b, first + k); };
+  const MnMajorLoader<T, Tile::kM, kAligned, decltype(row_of_a)> a(static_cast<const T*>(p.a.data), m0, p.M, row_of_a);
+  const MnMajorLoader<T, Tile::kN, kAligned, decltype(row_of_b)> b(static_cast<const T*>(p.b.data), n0, p.N, row_of_b);
+  float sums[Tile::kStepsM][Tile::kStepsN][4] = {};
+  multiply_tile<T, Tile>(a, b, depth, shared, sums);
+  T* out = expert_data<T>(p.out, e) + m0 * p.out.stride + n0;
+  for_each_pair<Tile>(sums, [&](int row, int column, float value, float next) {
+    if (m0 + row < p.M && n0 + column < p.N) store_pair(out + row * p.out.stride + column, value, next, n0 + column + 1 < p.N);
+  });
+}
+
+template <class T, bool kAligned>
+Status launch_tiles(const GroupedMmWgradParams& p, const Launch& launch) {
+  const auto kernel = mma_kernel<T, kAligned>;
+  const int64_t tiles_m = divide_up(p.M, Tile::kM), tiles_n = divide_up(p.N, Tile::kN), blocks = p.E * tiles_m * tiles_n;
+  if (blocks > INT32_MAX) return Status::kUnsupportedLayout;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes) != cudaSuccess) {
+    return Status::kLaunchFailed;
+  }
+  kernel<<<static_cast<unsigned>(blocks), kMmaThreads, Tile::kSharedBytes, static_cast<cudaStream_t>(launch.stream)>>>(p, tiles_m, tiles_n);
+  return launched();
+}
+
+template <class T>
+Status launch_mma(GemmKernel kernel, const GroupedMmWgradParams& p, const Launch& launch) {
+  return kernel == GemmKernel::kMmaElements ? launch_tiles<T, false>(p, launch) : launch_tiles<T, true>(p, launch);
+}
+
+GemmKernel chosen(const GroupedMmWgradParams& p) {
+  const int64_t element = element_size(p.dtype);
+  GemmQuery query{p.dtype};
+  query.capability = compute_capability();
+  query.rows = p.S;
+  query.experts = p.E;
+  query.N = p.M;
+  query.K = p.N;
+  query.aligned = is_aligned(p.a, element) && is_aligned(p.b, element);
+  return choose(kWgradRules, query).kernel;
+}
+
+int64_t workspace(const GroupedMmWgradParams& p, int) { return pointer_table_bytes(p.out.list, p.E); }
+
+Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
+  if (host.E == 0 || host.M == 0 || host.N == 0) return Status::kOk;
+  const GemmKernel kernel = chosen(host);
+  GroupedMmWgradParams p = host;
+  char* place = static_cast<char*>(launch.workspace);
+  if (const Status s = move_to_device(p.out, p.E, place, launch); s != Status::kOk) return s;
+  if (kernel == GemmKernel::kSimt) return simt_wgrad(p, launch);
+  return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
+}
+
+}  // namespace
+
+const Kernel<GroupedMmWgradParams> grouped_mm_wgrad = {nullptr, workspace, launch};
+
+}  // namespace moe::cuda

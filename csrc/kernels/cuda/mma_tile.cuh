@@ -1,0 +1,198 @@
+// A tile of a matrix product on mma.sync, for every device from sm_80: operands come in by cp.async through a ring of stages,
+// swizzled as mma_tile.h says, and go to the tensor cores through ldmatrix. Sums are float32.
+#pragma once
+#include "element.cuh"
+#include "mma_tile.h"
+
+namespace moe::cuda {
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from global to shared memory, those past `bytes` as zero; nothing is read when `bytes` is 0.
+__device__ __forceinline__ void copy_async(unsigned shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+template <Major major>
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned shared) {
+  if constexpr (major == Major::kK) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// One chunk into shared memory, elements past `count` as zero. kAligned: 16-byte copies; else element by element.
+template <bool kAligned, class T>
+__device__ __forceinline__ void copy_chunk(char* shared, const T* global, int count) {
+  if constexpr (kAligned) {
+    copy_async(shared_address(shared), global, count * 2);
+  } else {
+    alignas(16) T chunk[kChunkElements];
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) chunk[i] = i < count ? global[i] : T(0.0f);
+    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
+  }
+}
+
+// Brings in stages of a K-major operand: `extent` rows, of which the first `rows` exist; row r begins at row_at(r).
+template <class T, int kExtent, bool kAligned>
+struct KMajorLoader {
+  static constexpr Major kMajor = Major::kK;
+  static constexpr int kCopies = kExtent * kMmaDepth / kChunkElements / kMmaThreads, kRowChunks = row_chunks<kMajor>(kExtent);
+  const T* row[kCopies];  // of the chunks this thread copies; an absent row reads nothing
+  bool present[kCopies];
+  const T* any;  // a valid address
+
+  template <class RowAt>
+  __device__ KMajorLoader(const T* base, int rows, const RowAt& row_at) : any(base) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
+      present[i] = r < rows;
+      row[i] = present[i] ? row_at(r) : base;
+    }
+  }
+
+  __device__ void load(int64_t k0, int64_t k_end, char* stage) const {
+    const int chunk = threadIdx.x % kRowChunks;
+    const int64_t k = k0 + chunk * kChunkElements;
+    const int valid = valid_elements(k, k_end);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int count = present[i] ? valid : 0, r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
+      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, r, chunk) * 16, count ? row[i] + k : any, count);
+    }
+  }
+};
+
+// Brings in stages of an MN-major operand: k is the row of a matrix whose rows begin at row_at(k), of which this thread needs
+// the columns from `column` on, up to `columns`.
+template <class T, int kExtent, bool kAligned, class RowAt>
+struct MnMajorLoader {
+  static constexpr Major kMajor = Major::kMN;
+  static constexpr int kCopies = kExtent * kMmaDepth / kChunkElements / kMmaThreads, kRowChunks = row_chunks<kMajor>(kExtent);
+  const T* any;
+  RowAt row_at;
+  int64_t column;
+  int valid;
+
+  __device__ MnMajorLoader(const T* base, int64_t first_column, int64_t columns, const RowAt& rows)
+      : any(base),
+        row_at(rows),
+        column(first_column + threadIdx.x % kRowChunks * kChunkElements),
+        valid(valid_elements(column, columns)) {}
+
+  __device__ void load(int64_t k0, int64_t k_end, char* stage) const {
+    const int chunk = threadIdx.x % kRowChunks;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
+      const int count = k0 + r < k_end ? valid : 0;
+      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, r, chunk) * 16, count ? row_at(k0 + r) + column : any, count);
+    }
+  }
+};
+
+template <class Tile>
+using Accumulators = float[Tile::kStepsM][Tile::kStepsN][4];
+
+// Adds one stage's products.
+template <class T, class Tile, Major major_a, Major major_b>
+__device__ __forceinline__ void multiply_stage(const char* stage, Accumulators<Tile>& sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned a_base = shared_address(stage), b_base = a_base + Tile::kABytes;
+#pragma unroll
+  for (int k = 0; k < kMmaDepth; k += 16) {
+    unsigned a[Tile::kStepsM][4], b[Tile::kStepsN / 2][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kStepsM; ++i) {
+      const ChunkIndex c = ldmatrix_chunk<major_a, true>(lane, Tile::warp_m(warp) + 16 * i, k);
+      load_matrices<major_a>(a[i], a_base + chunk_position<major_a>(Tile::kM, c.row, c.chunk) * 16);
+    }
+#pragma unroll
+    for (int j = 0; j < Tile::kStepsN / 2; ++j) {
+      const ChunkIndex c = ldmatrix_chunk<major_b, false>(lane, Tile::warp_n(warp) + 16 * j, k);
+      load_matrices<major_b>(b[j], b_base + chunk_position<major_b>(Tile::kN, c.row, c.chunk) * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kStepsM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kStepsN; ++j) mma(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T());
+    }
+  }
+}
+
+// sums += A B^T over k in [0, depth). The loads of a stage overwrite the one that every warp left before the last barrier.
+template <class T, class Tile, class LoaderA, class LoaderB>
+__device__ __forceinline__ void multiply_tile(const LoaderA& a, const LoaderB& b, int64_t depth, char* shared, Accumulators<Tile>& sums) {
+  const int64_t blocks = divide_up(depth, kMmaDepth);
+  const auto load = [&](int64_t block) {
+    if (block < blocks) {
+      char* stage = shared + block % kMmaStages * Tile::kStageBytes;
+      a.load(block * kMmaDepth, depth, stage);
+      b.load(block * kMmaDepth, depth, stage + Tile::kABytes);
+    }
+    commit_copies();  // empty groups too: the wait below counts them
+  };
+  for (int64_t block = 0; block < kMmaStages - 1; ++block) load(block);
+  for (int64_t block = 0; block < blocks; ++block) {
+    wait_for_copies<kMmaStages - 2>();
+    __syncthreads();
+    load(block + kMmaStages - 1);
+    multiply_stage<T, Tile, LoaderA::kMajor, LoaderB::kMajor>(shared + block % kMmaStages * Tile::kStageBytes, sums);
+  }
+}
+
+// f(row, column, first, second) for every pair of neighbouring outputs of this thread, in the tile's coordinates.
+template <class Tile, class F>
+__device__ __forceinline__ void for_each_pair(const Accumulators<Tile>& sums, const F& f) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < Tile::kStepsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kStepsN; ++j) {
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        f(Tile::warp_m(warp) + 16 * i + accumulator_row(lane, half), Tile::warp_n(warp) + 8 * j + accumulator_column(lane, half),
+          sums[i][j][half], sums[i][j][half + 1]);
+      }
+    }
+  }
+}
+
+// Two neighbouring outputs, in one store where the address allows it.
+template <class T>
+__device__ __forceinline__ void store_pair(T* out, float first, float second, bool has_second) {
+  if (has_second && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
+    alignas(4) const T pair[2] = {from_acc<T>(first), from_acc<T>(second)};
+    *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(pair);
+  } else {
+    out[0] = from_acc<T>(first);
+    if (has_second) out[1] = from_acc<T>(second);
+  }
+}
+
+}  // namespace moe::cuda
