@@ -16,7 +16,7 @@ CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 lint format build bench clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench clean distclean lint-environment
 
 build:
 	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
@@ -32,6 +32,9 @@ test-tf5: build
 test-tf4: build
 	@$(ENVIRONMENT) $(VENV_TF4) --torch -r requirements/test-tf4.txt --source-path
 	$(VENV_TF4)/bin/python -m pytest $(TESTS) -m tf4 $(PYTEST_FLAGS)
+
+smoke: build
+	$(VENV)/bin/python build_tools/release_smoke.py $(VENVS)/.venv-releases --json docs/release-smoke.json --markdown docs/release-smoke.md
 
 lint-environment:
 	@$(ENVIRONMENT) $(VENV_LINT) -r requirements/lint.txt

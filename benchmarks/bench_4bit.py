@@ -131,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "qwen3"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["float32", "bfloat16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="one is steadier on a machine with other load")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row of the table, beyond the least number of rounds")
     parser.add_argument("--longest", type=float, default=20.0, help="a candidate whose one call takes more seconds is skipped")
     parser.add_argument("--quick", action="store_true", help="the smallest shape, few rounds: tries the benchmark, writes nothing")
@@ -144,6 +145,7 @@ def main() -> None:
     import bitsandbytes
 
     args = parse()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     data: dict[str, Any] = {"machine": machine() | {"bitsandbytes": bitsandbytes.__version__}, "rows": []}
     for name in args.shapes:

@@ -107,6 +107,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, *(["", "Failures:", "", *reasons] if reasons else [])]) + "\n"
 
 
+def write(rows: list[Row], results: Path | None, markdown: Path | None) -> None:
+    if results is not None:
+        lines = ",\n".join(json.dumps({key: value for key, value in row.items() if key != "seconds"}) for row in rows)
+        results.write_text(f"[\n{lines}\n]\n")
+    if markdown is not None:
+        markdown.write_text(table(rows))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="One architecture per layout under many releases of transformers.")
     parser.add_argument("folder", type=Path, help="where the releases are installed and kept, some 60 MB each")
@@ -121,10 +129,7 @@ def main() -> int:
         print(f"{release:8} {rows[-1]['seconds']:6.1f} s  " + ", ".join(f"{n} {path}" for path, n in counts.items()), flush=True)
         for reason in failures(rows[-1]):
             print(f"  {reason}", flush=True)
-    if chosen.json is not None:
-        chosen.json.write_text("[\n" + ",\n".join(json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows) + "\n]\n")
-    if chosen.markdown is not None:
-        chosen.markdown.write_text(table(rows))
+        write(rows, chosen.json, chosen.markdown)  # each time, so that a run that is broken off leaves what it found out
     broken = sum(len(failures(row)) for row in rows)
     print(f"{len(rows)} releases in {sum(row['seconds'] for row in rows):.0f} s, {broken} failures")
     return 1 if broken else 0

@@ -143,7 +143,7 @@ def _is_enabled(found: detect.Found) -> bool:
 
 
 def _plan(candidates: list[_Candidate], prove: bool) -> None:
-    """Fills in plan or cuts, the figures of the proof, and the reason when it fails. What held for one module is tried first on the next."""
+    """Fills in plan or cuts, figures of the proof, and the reason if it fails. What held for one module is tried first on the next."""
     known: dict[type, list[patch.Cut]] = {}
     for c in candidates:
         found = c.found

@@ -105,6 +105,7 @@ def test_architecture(architecture: Architecture, dtype: str, training: bool, su
             case.figures = measure.errors(measure.run(architecture, model, choices.replaying()), plain, exact)
             wrong = {name: str(figure) for name, figure in case.figures.items() if not figure.ok}
             assert not wrong, wrong
+            check_calls(architecture, model)
             assert moe_ext.disable(model) == architecture.blocks
         assert measure.run(architecture, model).equals(plain), "the model is not what it was"
         assert forwards(model) == own_forwards, "a forward was left on an instance"
@@ -113,6 +114,14 @@ def test_architecture(architecture: Architecture, dtype: str, training: bool, su
 def check_report(architecture: Architecture, report: moe_ext.EnableReport) -> None:
     assert [b.path for b in report.blocks] == [architecture.path] * architecture.blocks, str(report)
     assert report.enabled_count == architecture.blocks, str(report)
+
+
+def check_calls(architecture: Architecture, model: nn.Module) -> None:
+    """The path that the report names is the one that is run, once for each set of experts: nothing fell back in silence."""
+    calls = measure.Calls()
+    measure.run(architecture, model, calls)
+    fused, products = (architecture.blocks, 0) if architecture.path == "fused" else (0, 2 * architecture.blocks)
+    assert (calls.count["_grouped_forward_train"], calls.count["grouped_mm"]) == (fused, products), calls.count
 
 
 def refusal(architecture: Architecture, model: nn.Module) -> str:

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "../kernels/cpu/table.h"
 #include "../ops/checks.h"
@@ -38,12 +39,14 @@ void parallel_tasks(int64_t tasks, TaskBody body, void* context) {
   });
 }
 
+const KernelTable*& current_table() {
+  static const KernelTable* table = choose_table();
+  return table;
+}
+
 }  // namespace
 
-const KernelTable& kernel_table() {
-  static const KernelTable* table = choose_table();
-  return *table;
-}
+const KernelTable& kernel_table() { return *current_table(); }
 
 std::string describe_variants() {
   int count = 0;
@@ -65,3 +68,9 @@ HostLaunch make_launch(const Tensor&) {
 }  // namespace moe::ops
 
 STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) { moe::ops::register_ops(m); }
+
+// For tests: the ops on CPU tensors run the kernels of `table` from here on; the table they ran before is returned. Its kernels get
+// a null stream and must work on host memory: moe_ext.testing.simulated_gpu() passes the CUDA kernels of the simulator.
+extern "C" __attribute__((visibility("default"))) const void* moe_replace_kernel_table(const void* table) {
+  return std::exchange(moe::ops::current_table(), static_cast<const moe::KernelTable*>(table));
+}

@@ -140,12 +140,15 @@ def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
         return None
     if any(len([p for p in child.parameters(recurse=False) if p.dim() == 3]) > 1 for child in module.children()):
         return None  # these are the experts of a child
-    if not _routes(parent, module, cubes[0].shape[0] if cubes else None):
+    inside = {id(t) for t in stacks.values()}
+    alone = bool(cubes) and any(id(p) not in inside and _has_side(p, cubes[0].shape[0]) for p in _near_parameters(module, 1))
+    owner = module if alone else parent
+    if not alone and not _routes(parent, module, cubes[0].shape[0] if cubes else None):
         return None
     shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in stacks.items() if t.dim() == (3 if cubes else 2))
     layout = f"stacked, {shapes}" if cubes else f"flattened, {shapes}"
     reason = _dtype_reason({t.dtype for t in stacks.values()}) or replaced_method(module)
-    return Found(module, "stacked", layout, reason=reason, owner=parent)
+    return Found(module, "stacked", layout, reason=reason, owner=owner)
 
 
 def grouped_linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -163,17 +166,31 @@ def grouped_linears(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _routes(owner: nn.Module, experts: nn.Module, count: int | None = None) -> bool:
-    """Whether `owner` holds, beside the experts, a matrix that may map hidden states to scores: one with a side of E."""
-    if count is None:
-        is_list = isinstance(experts, (nn.ModuleList, nn.ModuleDict))
-        sides = {len(module_list.members(experts)), len(experts._modules)} if is_list else None  # type: ignore[arg-type]
-    else:
-        sides = {count}
+    """Whether `owner` may route to the experts: its code chooses, and it holds, beside them, a matrix with a side for their scores."""
+    if count is None and isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        count = len(module_list.members(experts))
     inside = {id(p) for p in experts.parameters()}
-    return any(
-        p.dim() == 2 and id(p) not in inside and (sides is None or not sides.isdisjoint(p.shape) or p.numel() != p.shape[0] * p.shape[1])
-        for p in _near_parameters(owner, 2)
+    return _chooses(owner, experts) and any(
+        id(p) not in inside and (_has_side(p, count) if count is not None else p.dim() == 2) for p in _near_parameters(owner, 2)
     )
+
+
+def _has_side(p: Tensor, experts: int) -> bool:
+    """A matrix with a side of E, or of somewhat more: scores of experts that compute nothing; or one in a packed form."""
+    if p.dim() != 2:
+        return False
+    return any(experts <= side <= 2 * experts for side in p.shape) or not p.is_floating_point()
+
+
+#: Names in the code of anything that picks experts: functions of torch, and what a router is called where that is in another module.
+_CHOICES = {"topk", "argmax", "max", "sort", "argsort", "multinomial", "one_hot", "nonzero", "kthvalue", "router", "gate", "gating"}
+
+
+def _chooses(owner: nn.Module, experts: nn.Module) -> bool:
+    inside = set(experts.modules())
+    classes = {c for m in (owner, *owner.children()) if m not in inside for c in type(m).__mro__ if not c.__module__.startswith("torch.")}
+    functions = [inspect.unwrap(f) for c in classes for f in vars(c).values() if inspect.isfunction(f)]
+    return any(not _CHOICES.isdisjoint(f.__code__.co_names) for f in functions)
 
 
 def _near_parameters(module: nn.Module, depth: int) -> Iterator[nn.Parameter]:
@@ -203,7 +220,7 @@ def linears(expert: nn.Module) -> dict[str, nn.Module] | None:
 def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
     found = Found(module, "listed", "module list", owner=owner, container=container)
     experts = module_list.container_of(module, container)
-    found.reason = replaced_method(module) or _experts_reason(experts, container or "expert")
+    found.reason = replaced_method(module) or _experts_reason(experts, container or "expert") or _hook_reason(experts)
     if found.reason is None:
         with undisturbed(experts):
             found.reason = _activation_reason(experts)
@@ -222,12 +239,30 @@ def _experts_reason(container: nn.Module, label: str) -> str | None:
                 return f"{label}.{i}.{name} is a {type(child).__name__}, not a linear layer"
         if shapes != first:
             return f"{label}.{i} differs in shapes or biases from {label}.0"
+        if i and (difference := _differs(experts[0], expert)) is not None:
+            return f"{label}.{i} has another {difference} than {label}.0"
         reason = replaced_method(expert)
         if reason:
             return f"{label}.{i}: {reason}"
         for name, child in expert._modules.items():
             if isinstance(child, nn.Dropout) and child.p > 0:
                 return f"{label}.{i}.{name} drops out with p={child.p}, between its projections"
+    return None
+
+
+def _hook_reason(container: nn.Module) -> str | None:
+    seen = module_list.look(container, ())
+    return seen if isinstance(seen, str) else None
+
+
+def _differs(first: nn.Module, other: nn.Module) -> str | None:
+    """The part or the number in which two experts of one class differ; whole numbers may count them."""
+    for (name, a), (_, b) in zip(first.named_modules(), other.named_modules(), strict=False):
+        if type(a) is not type(b):
+            return name
+        for key, value in vars(a).items():
+            if isinstance(value, (bool, float, str)) and key != "training" and vars(b).get(key) != value:
+                return f"{name}.{key}".removeprefix(".")
     return None
 
 

@@ -33,13 +33,14 @@ _EXPERTS = "experts"
 class Loop:
     """The loop of a method: its number among those over experts, and the variable that it fills.
 
-    keeps: rows of that variable which no expert computes keep what they held before.
+    keeps: rows of that variable which no expert computes keep what they held before; adds: all do, and experts add to it.
     apart: the variable holds what each expert adds, `[E, ..., H]`, and is summed behind the loop: the first gets the whole sum.
     """
 
     number: int
     result: str
     keeps: bool = False
+    adds: bool = False
     apart: int = 0
 
 
@@ -90,6 +91,7 @@ def candidates(
             if result.shape == x.shape:
                 yield Loop(number, name), routing
                 if not bool((result == 0).all()):
+                    yield Loop(number, name, adds=True), routing
                     yield Loop(number, name, keeps=True), routing
 
 
@@ -111,13 +113,16 @@ def _compiled(cls: Any, attribute: str, container: str, number: int, loop: Loop 
         text, argument = f"{_PROBE}(locals())", _PROBE
     else:
         assert routing is not None
-        names = [n for n in (routing.hidden_states, routing.index, routing.weights) if n is not None] + [loop.result] * loop.keeps
+        names = [n for n in (routing.hidden_states, routing.index, routing.weights) if n is not None] + [loop.result] * (
+            loop.keeps or loop.adds
+        )
         text = f"{loop.result} = {_EXPERTS}({{{', '.join(f'{n!r}: {n}' for n in names)}}})"
         argument = _EXPERTS
     position = body.index(node)
+    before = _unread(function, body)
     body[position : position + (loop is not None)] = ast.parse(text).body
     if loop is not None:
-        _drop_unread(function, body)
+        _drop_unread(function, body, before)
     function.args.kwonlyargs.append(ast.arg(argument))
     function.args.kw_defaults.append(None)
     tree = ast.fix_missing_locations(ast.Module([function], []))
@@ -179,12 +184,27 @@ def _names_behind(function: ast.FunctionDef, loop: ast.For) -> set[str]:
     return {n.id for n in nodes if n.lineno > (loop.end_lineno or loop.lineno)}
 
 
-def _drop_unread(function: ast.FunctionDef, body: list[ast.stmt]) -> None:
-    """Drops assignments beside the loop that only the loop read, and what only those read. Calls of the module's own are kept."""
+def tensors_read(module: nn.Module, attribute: str, container: str, number: int) -> list[str]:
+    """Tensors of the module's own that a loop mentions: what it does with them is in no formula."""
+    cls: Any = type(module)
+    loop = _loops(_source(cls, attribute), container)[number][1]
+    names = {n.attr for n in ast.walk(loop) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"}
+    return sorted(name for name in names if isinstance(getattr(module, name, None), Tensor))
+
+
+def _unread(function: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:
+    """Assignments that nothing reads."""
+    loads = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return [s for s in body if _is_unread(s, body, loads, stores)]
+
+
+def _drop_unread(function: ast.FunctionDef, body: list[ast.stmt], kept: list[ast.stmt]) -> None:
+    """Drops assignments beside the loop that only the loop read, and what only those read. Calls of the module's own are kept, and so
+    are those that nothing read before: they are there for what else they do.
+    """
     while True:
-        loads = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-        stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        unread = [s for s in body if _is_unread(s, body, loads, stores)]
+        unread = [s for s in _unread(function, body) if s not in kept]
         if not unread:
             return
         for statement in unread:
@@ -214,6 +234,8 @@ def like_result(out: Tensor, index: Tensor, values: Mapping[str, Any], routing: 
     x = values[routing.hidden_states]
     out = out.reshape(x.shape)
     out = out if out.dtype == x.dtype else out.to(x.dtype)
+    if loop is not None and loop.adds:
+        return values[loop.result] + out
     if loop is None or not (loop.keeps or loop.apart):
         return out
     if loop.apart:

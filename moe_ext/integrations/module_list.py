@@ -52,7 +52,7 @@ class Listed:
             weights = snapshot.weights(container, like)
             if weights is not None:
                 return weights
-        found = _look(container, self.projections)
+        found = look(container, self.projections)
         if isinstance(found, str):
             return found
         kinds = _kinds(container, self.projections)
@@ -87,7 +87,7 @@ def identities(container: nn.Module) -> int:
 _Linears = tuple[list[nn.Module] | None, list[nn.Module], list[nn.Module]]
 
 
-def _look(container: nn.Module, projections: tuple[str | None, str, str]) -> _Linears | str:
+def look(container: nn.Module, projections: tuple[str | None, ...]) -> _Linears | str:
     """The modules of each projection, or what stands against calling them together."""
     found: list[list[nn.Module] | None] = [None if name is None else [] for name in projections]
     for name, expert in container._modules.items():

@@ -136,6 +136,9 @@ def _biases(flat: dict[str, Tensor], p: Tensor, q: Tensor, transposed: bool) -> 
     if not flat:
         yield None, None
     yield from ((a, b) for a in first for b in second if a != b)
+    if len(flat) == 1:
+        yield from ((a, None) for a in first)
+        yield from ((None, b) for b in second)
 
 
 def _separate(cubes: dict[str, Tensor], hidden: int, experts: int | None) -> Iterator[tuple[Reader, ExpertSpec]]:

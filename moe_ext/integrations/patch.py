@@ -53,6 +53,7 @@ class Experts:
     parameters: tuple[str, ...] = ()
     loop: Loop | None = None
     child: str = ""
+    without_gradient: bool = False  # the method computes under no_grad
     _method: tuple[type, Callable[..., Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -78,8 +79,9 @@ class Experts:
 
     def compute(self, module: nn.Module, weights: ExpertWeights, compute: Compute, values: Mapping[str, Any]) -> Tensor:
         x, index, w = self.routing.resolve(values, weights.num_experts)
-        out = compute(x, index, w, weights, self.formula.resolve(module))
-        if self.routing.identity:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.without_gradient):
+            out = compute(x, index, w, weights, self.formula.resolve(module))
+        if self.routing.beyond == "returned":
             returned = w.masked_fill(index < weights.num_experts, 0).sum(dim=-1, keepdim=True)
             out = out + x * returned.to(x.dtype)
         return loops.like_result(out, index, values, self.routing, self.loop)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     the random state are afterwards what they were. Gradients are on, autocast is off.
     """
     attributes = [(m, m.__dict__.copy()) for m in module.modules()]
+    contents = _contents(m for m, _ in attributes)
     # Emptied and filled again, not replaced: whoever holds such a dictionary, as handles and our own readers do, goes on seeing it.
     hooks = [(saved[name], dict(saved[name])) for _, saved in attributes for name in _HOOKS if saved.get(name)]
     buffers = [(m, n, b, b.clone()) for m, _ in attributes for n, b in m._buffers.items() if b is not None and not b.is_meta]
@@ -44,6 +47,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for m, saved in attributes:
                 m.__dict__.clear()
                 m.__dict__.update(saved)
+            _put_back(contents)
             for m, n, buffer, value in buffers:
                 m._buffers[n] = buffer
                 if not torch.equal(buffer, value):
@@ -64,11 +68,56 @@ def replaced(parameters: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[No
             module._parameters[name] = parameter
 
 
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Detached aliases stand in for all parameters of `module`, so that no graph, hook or gradient of theirs is touched."""
-    with replaced([(m, n, p.detach()) for m in module.modules() for n, p in m._parameters.items() if p is not None]):
-        yield
+def _contents(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
+    """The lists, dictionaries and sets among the attributes, each with a copy."""
+    values = (v for m in modules for name, v in m.__dict__.items() if name[0] != "_")
+    return [(v, copy.copy(v)) for v in values if type(v) in (list, dict, set)]
+
+
+def _put_back(contents: list[tuple[Any, Any]]) -> None:
+    for collection, before in contents:
+        collection.clear()
+        (collection.extend if isinstance(collection, list) else collection.update)(before)
+
+
+class frozen:  # noqa: N801  (a context manager, named like the functions beside it)
+    """Detached aliases stand in for all parameters of a module, so that no graph, hook or gradient of theirs is touched, and clones for
+    its buffers; attributes that it sets, and what it puts into lists, are put back. May be entered again and again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.parameters = [(m._parameters, n, p, p.detach()) for m in modules for n, p in m._parameters.items() if p is not None]
+        self.buffers = [(m._buffers, n, b) for m in modules for n, b in m._buffers.items() if b is not None]
+        self.modules = [m.__dict__ for m in modules]
+        self.contents = _contents(modules)
+        self.attributes = [(m.__dict__, {n: v for n, v in m.__dict__.items() if n[0] != "_" and n != "training"}) for m in modules]
+
+    def __enter__(self) -> frozen:
+        for owner, name, _, alias in self.parameters:
+            owner[name] = alias  # type: ignore[assignment]
+        for owner, name, buffer in self.buffers:
+            owner[name] = buffer.clone()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, parameter, _ in self.parameters:
+            owner[name] = parameter
+        for owner, name, buffer in self.buffers:
+            owner[name] = buffer
+        _put_back(self.contents)
+        for attributes, saved in self.attributes:
+            for name in [n for n in attributes if n[0] != "_" and n != "training" and n not in saved]:
+                del attributes[name]
+            attributes.update(saved)
+
+    def buffers_now(self) -> list[Tensor | None]:
+        return [owner.get(name) for owner, name, _ in self.buffers]
+
+    def train(self, training: bool) -> None:
+        """`module.train(training)`, without a look for a submodule of that name."""
+        for attributes in self.modules:
+            attributes["training"] = training
 
 
 @contextlib.contextmanager

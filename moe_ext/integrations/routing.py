@@ -6,7 +6,6 @@ proof decides. H hidden size, E experts, K = top_k; N rows of hidden states.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +24,15 @@ class Routing:
     mask: index `[N, E]` of zeros and ones, any number per row, weights `[N, E]`.
     counts: index `[E]`, how many consecutive rows each expert gets; no weights.
     pre_weighted: every expert gets N/E consecutive rows, already multiplied by their routing weights; rows of zeros are dropped.
-    identity: ids from E on are experts that return their input (zero-computation experts) instead of dropped slots.
+    beyond: what an id from E on means, where there are such: "returned", an expert that returns its input (a zero-computation expert),
+    or "dropped", an empty slot.
     """
 
     form: str
     hidden_states: str
     index: str | None = None
     weights: str | None = None
-    identity: bool = False
+    beyond: str = ""
 
     def resolve(self, values: Mapping[str, Any], experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """x `[N, H]`, top_k_index `[N, K]`, top_k_weights `[N, K]`; shapes depend on those of the values alone."""
@@ -77,22 +77,24 @@ def readings(values: Mapping[str, Any], hidden: int, experts: int, identity: boo
             continue
         rows = t.numel() // hidden
         others = {name: f for name, f in floats.items() if name != x}
-        for (index, ids), returned in itertools.product(whole.items(), (False, True) if identity else (False,)):
-            yield from _of_index(x, rows, index, ids, others, experts, returned)
+        for index, ids in whole.items():
+            some = identity or (ids.numel() > 0 and int(ids.max()) >= experts)
+            for beyond in ("returned", "dropped") if some else ("",):
+                yield from _of_index(x, rows, index, ids, others, experts, beyond)
         if not whole and not others and rows % experts == 0:
             yield Routing("pre_weighted", x)
 
 
-def _of_index(x: str, rows: int, index: str, ids: Tensor, floats: Mapping[str, Tensor], experts: int, identity: bool) -> Iterator[Routing]:
+def _of_index(x: str, rows: int, index: str, ids: Tensor, floats: Mapping[str, Tensor], experts: int, beyond: str) -> Iterator[Routing]:
     size = ids.numel()
     if rows and size and size % rows == 0 and ids.dtype != torch.bool:
         fitting = [name for name, w in floats.items() if w.numel() == size and w.shape[-1] == ids.shape[-1]]
-        if int(ids.min()) >= 0 and (identity or int(ids.max()) < experts):
-            yield from (Routing("top_k", x, index, name, identity) for name in fitting)
+        if int(ids.min()) >= 0:
+            yield from (Routing("top_k", x, index, name, beyond) for name in fitting)
             dense = [name for name, w in floats.items() if w.numel() == rows * experts and w.shape[-1] == experts]
-            yield from (Routing("dense", x, index, name, identity) for name in dense)
+            yield from (Routing("dense", x, index, name, beyond) for name in dense if int(ids.max()) < experts)
             if size == rows:
-                yield Routing("top_k", x, index, None, identity)
+                yield Routing("top_k", x, index, None, beyond)
     if size == rows * experts and ids.shape[-1] == experts and bool((ids.reshape(rows, -1).int().sum(1) <= 1).all()):
         yield from (Routing("one_hot", x, index, name) for name, w in floats.items() if w.numel() == rows)
         yield Routing("one_hot", x, index)

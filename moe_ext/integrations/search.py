@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Place:
     modes: tuple[bool, ...]  # training
     loop: int | None = None
     nones: int = 0  # further arguments of the owner, which it takes as None
+    dims: int = 3  # of the hidden states that it takes
 
 
 def places(found: Found, tokens: int) -> list[Place]:
@@ -46,14 +47,18 @@ def places(found: Found, tokens: int) -> list[Place]:
     assert found.owner is not None
     names = ["forward"] if found.owner is not found.module else _methods(type(found.module))
     errors: list[str] = []
-    for hidden, nones in itertools.product(_hidden_sizes(found), dict.fromkeys((0, len(parameters_of(type(found.owner), "forward")) - 1))):
-        args = (_tokens(found, hidden, tokens), *(None for _ in range(nones)))
-        try:
-            seen = {mode: _watch(found, names, args, mode) for mode in (True, False)}
-        except Exception as error:  # it needs more than hidden states, or others: nothing can be seen of it
-            errors.append(f"{type(found.owner).__name__} cannot be run on hidden states alone ({type(error).__name__}: {error})")
-            continue
-        return _by_mode(found, seen, args)
+    more = dict.fromkeys((0, len(parameters_of(type(found.owner), "forward")) - 1))
+    for hidden, nones, rows in itertools.product(_hidden_sizes(found), more, (False, True)):
+        x = _tokens(found, hidden, tokens)
+        args = (x[0] if rows else x, *(None for _ in range(nones)))
+        seen = {}
+        for mode in (True, False):
+            try:
+                seen[mode] = _watch(found, names, args, mode)
+            except Exception as error:  # it needs more than hidden states, or others: nothing can be seen of it
+                errors.append(f"{type(found.owner).__name__} cannot be run on hidden states alone ({type(error).__name__}: {error})")
+        if seen:
+            return _by_mode(found, seen, args)
     raise NotFound(errors[0] if errors else "its sizes fit no hidden size")
 
 
@@ -95,7 +100,7 @@ def linear_candidates(child: str, module: nn.Module) -> Iterator[Linear]:
 def adapted(cut: Cut) -> Cut:
     """The same cut for another module of the same class."""
     if isinstance(cut, Experts):
-        return Experts(cut.attribute, _fresh(cut.reader), cut.formula, cut.routing, cut.parameters, cut.loop)
+        return replace(cut, reader=_fresh(cut.reader))
     return cut
 
 
@@ -204,7 +209,10 @@ def _loop(found: Found, args: tuple[Any, ...], training: bool) -> Place:
             with torch.no_grad(), frozen(module), same_random():
                 values = loops.observe(module, "forward", found.container, number, args[0].clone(), *args[1:])
             if values:
-                return Place("forward", values, (training,), number, len(args) - 1)
+                read = loops.tensors_read(module, "forward", found.container, number)
+                if read:
+                    raise NotFound(f"its loop reads {', '.join(read)} beside the experts")
+                return Place("forward", values, (training,), number, len(args) - 1, args[0].dim())
     except loops.Uncopied as error:
         raise NotFound(str(error)) from error
     raise NotFound("its forward has no loop over its experts that could be replaced")

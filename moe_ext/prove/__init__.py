@@ -9,6 +9,7 @@ of the block is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,12 +94,14 @@ def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], P
         if found.kind == "linear":
             return prove_linears(found)
         try:
-            places = search.places(found, TOKENS)
+            places = search.places(found, 8 * TOKENS)
             cuts: list[Cut] = []
             whole = Proof()
             for place in places:
-                known = [search.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
-                one, proof = _first(_chain(known, found, place), lambda cut, place=place: _prove_place(found, cut, place))  # type: ignore[misc]
+                known: list[Cut] = [search.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
+                one, proof = _first(iter(known), partial(_prove_place, found, place=place, first=False))
+                if not one:
+                    one, proof = _first(search.candidates(found, place), partial(_prove_place, found, place=place, first=True))
                 whole.figures |= proof.figures
                 if proof.reason is not None:
                     return [], Proof(proof.reason, whole.figures)
@@ -106,11 +109,6 @@ def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], P
             return cuts, whole
         except search.NotFound as error:
             return [], Proof(str(error))
-
-
-def _chain(known: list[Cut], found: Found, place: search.Place) -> Iterator[Cut]:
-    yield from known
-    yield from search.candidates(found, place)
 
 
 def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[list[Cut], Proof]:
@@ -124,11 +122,12 @@ def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[li
     return [], reason or Proof("no layout and no routing that could be proven fits its shapes")
 
 
-def _prove_place(found: Found, cut: Experts, place: search.Place) -> Proof:
+def _prove_place(found: Found, cut: Experts, place: search.Place, first: bool) -> Proof:
     weights = cut.reader.read(found.module)
     if isinstance(weights, str):
         return Proof(weights)
-    proof = prove_call(found.module, cut, place, weights) if cut.loop is None else prove_loop(found, cut, place, weights)
+    prove = prove_loop if cut.loop is not None else prove_call
+    proof = prove(found, cut, place, weights, first)
     if proof.reason is not None:
         return proof
     trainable = any(t.requires_grad for t in weights.tensors()) and weights.fusable
@@ -142,7 +141,7 @@ def prove_linears(found: Found) -> tuple[list[Cut], Proof]:
     cuts: list[Cut] = []
     whole = Proof()
     for name, module in grouped_linears(found.module).items():
-        one, proof = _first(search.linear_candidates(name, module), lambda cut, module=module: prove_linear(module, cut))  # type: ignore[misc]
+        one, proof = _first(search.linear_candidates(name, module), partial(prove_linear, module))
         whole.figures |= {f"{name}: {quantity}": report for quantity, report in proof.figures.items()}
         if proof.reason is not None:
             return [], Proof(f"{name}: {proof.reason}", whole.figures)

@@ -12,26 +12,28 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..experts import ExpertWeights
 from ..integrations import search
+from ..integrations.detect import Found
 from ..integrations.patch import Experts, Linear, offsets
 from ..integrations.quiet import frozen, replaced, same_random
 from ..integrations.routing import Routing
-from .rule import Proof, Results, count_of, detached, gradients, judge, normal, sizes_of, zeros_for_none
+from .rule import Proof, Results, count_of, detached, enlarged, gradients, judge, normal, sizes_of, zeros_for_none
 
 
-def prove_call(module: nn.Module, cut: Experts, place: search.Place, weights: ExpertWeights) -> Proof:
-    """A method that receives the routing: its own result against the formula, on random rows and routing in the form it expects."""
+def prove_call(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
+    """A method that receives the routing: its own result against the formula, on random rows and routing in the form it expects.
+
+    first: of the first module of a class also the output of all experts, and on large hidden states.
+    """
+    module = found.module
     weights = detached(weights)
     spec = cut.formula.resolve(module)
     like = place.values[cut.routing.hidden_states]
-    values, grad = _routed(cut.routing, place.values, weights.num_experts)
-    if cut.routing.form == "dense":  # the model scatters the weights of the chosen: only those have a gradient
-        assert cut.routing.index is not None and cut.routing.weights is not None
-        index = values[cut.routing.index]
-        values[cut.routing.weights] = values[cut.routing.weights].gather(-1, index)
+    few, grad = _routed(cut.routing, place.values, weights.num_experts, every=False)
+    every = _routed(cut.routing, place.values, weights.num_experts, every=True)[0] if first else few
     leaves = [n for n in (cut.routing.hidden_states, cut.routing.weights) if n is not None]
     cls = type(module)
 
-    def by(dtype: torch.dtype, compute: Callable[[Mapping[str, Any]], Tensor], backward: bool) -> Results:
+    def by(values: Mapping[str, Any], dtype: torch.dtype, compute: Callable[[Mapping[str, Any]], Tensor], backward: bool) -> Results:
         cast = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype != like.dtype else t for n, t in values.items()}
         inputs = {n: cast[n].clone().requires_grad_(backward) for n in leaves}
         with torch.set_grad_enabled(backward):
@@ -44,23 +46,38 @@ def prove_call(module: nn.Module, cut: Experts, place: search.Place, weights: Ex
         return cut.compute(module, weights, reference.grouped_experts, v)
 
     def own(v: Mapping[str, Any]) -> Tensor:
-        with same_random():
-            return getattr(cls, cut.attribute)(module, **{n: t.clone() if isinstance(t, Tensor) else t for n, t in v.items()})
+        with same_random(), standins:
+            before = [None if b is None else b.clone() for b in standins.buffers_now()]
+            out = getattr(cls, cut.attribute)(module, **{n: t.clone() if isinstance(t, Tensor) else t for n, t in v.items()})
+            for was, now in zip(before, standins.buffers_now(), strict=True):
+                if was is None or now is None or not torch.equal(was, now):
+                    raise RuntimeError("its own code writes into a buffer")
+        if torch.is_grad_enabled() and not out.requires_grad:
+            cut.without_gradient = True
+        return out
 
     terms = like.shape[-1] + sizes_of(weights, spec)[2]
     proof = Proof()
-    with frozen(module):
-        for mode in place.modes:
-            module.train(mode)
-            quick = judge(by(like.dtype, own, False), {}, by(like.dtype, formula, False), by(torch.float64, formula, False), terms)
+    standins = frozen(module)
+    for mode in place.modes:
+        standins.train(mode)
+        for values in (every, {**every, cut.routing.hidden_states: enlarged(every[cut.routing.hidden_states])}) if first else ():
+            quick = judge(
+                by(values, like.dtype, own, False),
+                {},
+                by(values, like.dtype, formula, False),
+                by(values, torch.float64, formula, False),
+                terms,
+            )
             if quick.reason is not None:
                 return quick
-            old = by(like.dtype, own, True)
-            new = by(like.dtype, lambda v: cut.compute(module, weights, functional.grouped_experts, v), True)
-            one = judge(old, new, by(like.dtype, formula, True), by(torch.float64, formula, True), terms)
-            proof = Proof(one.reason, proof.figures | one.figures)
-            if proof.reason is not None:
-                return proof
+        old = by(few, like.dtype, own, True)
+        with standins:
+            new = by(few, like.dtype, lambda v: cut.compute(module, weights, functional.grouped_experts, v), True)
+            one = judge(old, new, by(few, like.dtype, formula, True), by(few, torch.float64, formula, True), terms)
+        proof = Proof(one.reason, proof.figures | one.figures)
+        if proof.reason is not None:
+            return proof
     return proof
 
 
@@ -73,12 +90,15 @@ def _dense(routing: Routing, values: Mapping[str, Any], inputs: Mapping[str, Ten
     return {routing.weights: chosen.new_zeros(*index.shape[:-1], experts).scatter(-1, index, chosen)}
 
 
-def _routed(routing: Routing, template: Mapping[str, Any], experts: int) -> tuple[dict[str, Any], Tensor]:
-    """`template` with random hidden states and a random routing to few experts in it, and a gradient for the result."""
+def _routed(routing: Routing, template: Mapping[str, Any], experts: int, every: bool) -> tuple[dict[str, Any], Tensor]:
+    """`template` with random hidden states and a random routing to few experts, or every, in it, and a gradient for the result.
+
+    Of dense scores only those of the chosen are there: the model scatters them, and only they have a gradient.
+    """
     like = template[routing.hidden_states]
     x, grad = normal(like.shape, like, 0), normal(like.shape, like, 1)
     rows = x.numel() // x.shape[-1]
-    used = sorted({0, experts // 2, experts - 1}) + ([experts] if routing.identity else [])
+    used = (list(range(experts)) if every else sorted({0, experts // 2, experts - 1})) + ([experts] if routing.beyond else [])
     index_like = None if routing.index is None else template[routing.index]
     top_k = index_like.numel() // rows if index_like is not None and routing.form in ("top_k", "dense") else 1
     generator = torch.Generator("cpu").manual_seed(3)
@@ -89,6 +109,8 @@ def _routed(routing: Routing, template: Mapping[str, Any], experts: int) -> tupl
     if weight_like is not None:
         w = torch.rand(weight_like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like.device, weight_like.dtype)
         values[routing.weights] = w  # type: ignore[index]
+        if routing.form == "dense":
+            values[routing.weights] = w.gather(-1, index.reshape(index_like.shape))  # type: ignore[index, union-attr]
     if routing.form == "pre_weighted":
         each = torch.arange(experts, device=like.device).repeat_interleave(rows // experts)
         some = torch.isin(each, torch.tensor(used, device=like.device)) & (torch.rand(rows, generator=generator) < 0.5).to(like.device)

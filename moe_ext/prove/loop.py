@@ -15,17 +15,22 @@ from ..integrations import search
 from ..integrations.detect import Found
 from ..integrations.patch import Experts, Refusal
 from ..integrations.quiet import frozen, replaced, same_random
-from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, gradients, judge, normal, sizes_of, subset
+from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, sizes_of, subset
 
 
-def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights) -> Proof:
-    """A whole block, in each mode that reaches the loop: all it returns, the random numbers it draws, and the gradients of the input,
-    of its other parameters (router, shared experts) and of the busiest experts.
+def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
+    """A whole block, in each mode that reaches the loop: all it returns, what it writes into itself, the random numbers it draws, and the
+    gradients of the input, of its other parameters (router, shared experts) and of the busiest experts.
+
+    first: of the first block of a class, also the output on tokens that the router sends to every expert that it can, and on large ones.
     """
-    block, proof = found.module, Proof()
+    block = _Block(found, cut, place, weights)
+    proof = Proof()
     for training in place.modes:
-        block.train(training)
-        one = _prove_mode(found, cut, weights, training, (None,) * place.nones)
+        block.standins.train(training)
+        every = block.covering_tokens() if first else None
+        more = () if every is None else (every, enlarged(every))
+        one = next((p for x in more if (p := block.prove(x, False)).reason is not None), None) or block.prove(block.tokens, training)
         mode = "training" if training else "evaluation"
         proof.figures |= {f"{name}, {mode}": report for name, report in one.figures.items()}
         if one.reason is not None:
@@ -33,57 +38,104 @@ def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertW
     return proof
 
 
-def _prove_mode(found: Found, cut: Experts, weights: ExpertWeights, training: bool, rest: tuple[None, ...]) -> Proof:
-    block = found.module
-    like, hidden, inner = sizes_of(subset(weights, [0]), cut.formula.spec)
-    x = _related_tokens(hidden, count_of(inner), like)
-    grad = normal(x.shape, x, 1)
-    names = _trainable_names(found, cut, (x, *rest)) if training else []
+class _Block:
+    """One block and the ways to run it on the same tokens."""
 
-    def run(compute: Callable[..., Any], quick: bool) -> tuple[list[Any], Results, Tensor]:
-        wanted = [] if quick else names
-        leaves = [block.get_parameter(n).detach().clone().requires_grad_() for n in wanted]
-        leaf = x.clone().requires_grad_(training and not quick)
-        with same_random(), frozen(block), replaced([(*_owner(block, n), p) for n, p in zip(wanted, leaves, strict=True)]):
+    def __init__(self, found: Found, cut: Experts, place: search.Place, weights: ExpertWeights) -> None:
+        self.found, self.cut, self.block = found, cut, found.module
+        self.standins = frozen(self.block)
+        self.rest = (None,) * place.nones
+        like, self.hidden, inner = sizes_of(subset(weights, [0]), cut.formula.spec)
+        self.terms = self.hidden + inner
+        self.experts = weights.num_experts
+        x = _related_tokens(self.hidden, count_of(inner), like)
+        self.tokens = x if place.dims == 3 else x.flatten(0, 1)
+
+    def prove(self, x: Tensor, backward: bool) -> Proof:
+        names = self._trainable_names() if backward else []
+        old_rest, old = self._run(x, names, backward, lambda leaf: type(self.block).forward(self.block, leaf, *self.rest))
+        new_rest, new = self._run(x, names, backward, self._through(functional.grouped_experts))
+        if not _same(old_rest, new_rest):
+            return Proof(
+                "its formula is another than the one detected: beside the hidden states its own code returns, keeps or draws other things"
+            )
+        plain = self._run(x, names, backward, self._through(reference.grouped_experts))[1]
+        truth = self._run(x, names, backward, self._through(_exact))[1]
+        outside = [n for n in truth if n.removeprefix("gradient of ") in {n for n in names if not _is_of(self.found, n)}]
+        exact_results = _together(truth, outside, truth, torch.float64)
+        old, new, plain = (_together(results, outside, truth) for results in (old, new, plain))
+        return judge(old, new, plain, exact_results, self.terms)
+
+    def _run(self, x: Tensor, names: Sequence[str], backward: bool, compute: Callable[..., Any]) -> tuple[list[Any], Results]:
+        """What the block returns beside its output, writes into its buffers and attributes, and draws; and the results to be judged."""
+        leaves = [self.block.get_parameter(n).detach().clone().requires_grad_() for n in names]
+        leaf = x.clone().requires_grad_(backward)
+        before = _kept(self.block)
+        standing_in = [(*_owner(self.block, n), p) for n, p in zip(names, leaves, strict=True)]
+        with same_random(), self.standins, replaced(standing_in), torch.set_grad_enabled(backward):
             returned = tree_leaves(compute(leaf.clone()))  # a copy, since blocks with jitter write into their input
-            random = torch.get_rng_state()
+            written = [*self.standins.buffers_now(), *(item for item in _kept(self.block) if item not in before), torch.get_rng_state()]
         out = next(t for t in returned if isinstance(t, Tensor) and t.is_floating_point() and t.numel() == x.numel())
         result: Results = {"output": out}
-        if training and not quick:
-            first, *grads = gradients(out, [leaf, *leaves], grad.reshape(out.shape))
+        if backward:
+            first, *grads = gradients(out, [leaf, *leaves], normal(x.shape, x, 1).reshape(out.shape))
             result["gradient of hidden_states"] = torch.zeros_like(leaf) if first is None else first
-            result |= _by_kind(found, names, leaves, grads)
-        return [t for t in returned if t is not out], result, random
+            result |= _by_kind(self.found, names, leaves, grads)
+        return [*(t for t in returned if t is not out), *written], result
 
-    def exact(*args: Any) -> Tensor:
-        a, index, w, some, spec = args
-        return reference.grouped_experts(a.double(), index, w.double(), some, spec).to(a.dtype)
-
-    def through(compute: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
+    def _through(self, compute: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
         def call(leaf: Tensor) -> Any:
-            out = cut.run(block, (leaf, *rest), {}, compute)
+            out = self.cut.run(self.block, (leaf, *self.rest), {}, compute)
             if isinstance(out, Refusal):
                 raise RuntimeError(out.reason)
             return out
 
         return call
 
-    terms = hidden + inner
-    for quick in (True, False):
-        old_rest, old, old_random = run(lambda leaf: type(block).forward(block, leaf, *rest), quick)
-        new_rest, new, new_random = run(through(functional.grouped_experts), quick)
-        if not torch.equal(old_random, new_random):
-            return Proof("its formula is another than the one detected: its own code draws other random numbers")
-        if not _same(old_rest, new_rest):
-            return Proof("its formula is another than the one detected: its own code returns other values beside the hidden states")
-        plain, truth = run(through(reference.grouped_experts), quick)[1], run(through(exact), quick)[1]
-        outside = [n for n in truth if n.removeprefix("gradient of ") in {n for n in names if not _is_of(found, n)}]
-        exact_results = _together(truth, outside, truth, torch.float64)
-        old, new, plain = (_together(results, outside, truth) for results in (old, new, plain))
-        proof = judge(old, new, plain, exact_results, terms)
-        if proof.reason is not None or not training:
-            return proof
-    return proof
+    def _routing_of(self, x: Tensor) -> Tensor:
+        """top_k_index `[N, K]` of the block on x."""
+        seen: list[Tensor] = []
+
+        def watch(a: Tensor, index: Tensor, *_: Any) -> Tensor:
+            seen.append(index)
+            return torch.zeros_like(a)
+
+        with torch.no_grad(), same_random(), self.standins:
+            self._through(watch)(x.clone())
+        return seen[0]
+
+    def covering_tokens(self) -> Tensor:
+        """The usual tokens and, for every expert that is chosen by any of many others, one that chooses it."""
+        many = normal((1, 16 * self.experts, self.hidden), self.tokens, 3)
+        index = self._routing_of(many if self.tokens.dim() == 3 else many[0])
+        rows = {int((index == e).any(dim=1).int().argmax()) * many.shape[1] // len(index) for e in index.unique().tolist()}
+        usual = self.tokens.reshape(1, -1, self.hidden)
+        x = torch.cat((usual[:, : len(rows)], many[:, sorted(rows)]), dim=1)
+        return x if self.tokens.dim() == 3 else x[0]
+
+    def _trainable_names(self) -> list[str]:
+        """Parameters whose gradients are proven, where they need gradients: of the experts with the most tokens, and all others."""
+        experts = list(self.block._modules[self.found.container]._modules)  # type: ignore[union-attr]
+        ids = self._routing_of(self.tokens).flatten()
+        counts = torch.bincount(ids[(ids >= 0) & (ids < len(experts))], minlength=len(experts))
+        busiest = {experts[e] for e in counts.argsort(descending=True, stable=True)[:ACTIVE_EXPERTS].tolist()}
+        named = [n for n, p in self.block.named_parameters() if p.requires_grad]
+        return [n for n in named if not _is_of(self.found, n) or n.split(".")[1] in busiest]
+
+
+def _exact(*args: Any) -> Tensor:
+    a, index, w, some, spec = args
+    return reference.grouped_experts(a.double(), index, w.double(), some, spec).to(a.dtype)
+
+
+def _kept(block: nn.Module) -> list[Any]:
+    """What the block keeps in attributes of its own: numbers, and of tensors their number and shapes."""
+    found: list[Any] = []
+    for name, value in vars(block).items():
+        if name[0] != "_" and not callable(value):
+            leaves = [tuple(t.shape) if isinstance(t, Tensor) else t for t in tree_leaves(value)]
+            found.append((name, len(leaves), [t for t in leaves if isinstance(t, (int, float, str, tuple))]))
+    return found
 
 
 def _together(results: Results, names: Sequence[str], truth: Results, dtype: torch.dtype | None = None) -> Results:
@@ -122,24 +174,6 @@ def _by_kind(found: Found, names: Sequence[str], leaves: Sequence[Tensor], grads
         kind = name.split(".", 2)[2] if _is_of(found, name) else name
         parts.setdefault(kind, []).append((torch.zeros_like(leaf) if grad is None else grad).flatten())
     return {f"gradient of {kind}": torch.cat(found) for kind, found in parts.items()}
-
-
-def _trainable_names(found: Found, cut: Experts, args: tuple[Any, ...]) -> list[str]:
-    """Parameters whose gradients are proven, where they need gradients: those of the experts with the most tokens, and all others."""
-    block = found.module
-    routed: list[Tensor] = []
-
-    def watch(a: Tensor, index: Tensor, *_: Any) -> Tensor:
-        routed.append(index)
-        return torch.zeros_like(a)
-
-    with torch.no_grad(), same_random(), frozen(block):
-        cut.run(block, (args[0].clone(), *args[1:]), {}, watch)
-    experts = list(block._modules[found.container]._modules)  # type: ignore[union-attr]
-    ids = routed[0].flatten()
-    counts = torch.bincount(ids[(ids >= 0) & (ids < len(experts))], minlength=len(experts))
-    busiest = {experts[e] for e in counts.argsort(descending=True, stable=True)[:ACTIVE_EXPERTS].tolist()}
-    return [n for n, p in block.named_parameters() if p.requires_grad and (not _is_of(found, n) or n.split(".")[1] in busiest)]
 
 
 def _owner(block: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import Architecture
 from moe_ext.testing import ErrorReport, compare
@@ -128,6 +129,19 @@ def _widen(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
+class Calls(TorchDispatchMode):
+    """Counts the ops of moe_ext that are called inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "moe":
+            self.count[func._schema.name.removeprefix("moe::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
 # ----------------------------------------------------------------------------------------------------------------------------- models
 def build(architecture: Architecture, dtype: torch.dtype, training: bool) -> nn.Module:
     """The model with weights large enough that every nonlinearity is used, and no norm, bias or correction left at its neutral value."""
@@ -173,7 +187,7 @@ class Run:
         return torch.equal(self.output, other.output) and all(torch.equal(g, other.gradients[n]) for n, g in self.gradients.items())
 
 
-def run(architecture: Architecture, model: nn.Module, *modes: AbstractContextManager[None]) -> Run:
+def run(architecture: Architecture, model: nn.Module, *modes: AbstractContextManager[Any]) -> Run:
     """One forward, in `modes`, and one backward; inputs and direction are numbers that every dtype holds exactly."""
     dtype = next(model.parameters()).dtype
     inputs = {n: t.bfloat16().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in architecture.inputs().items()}

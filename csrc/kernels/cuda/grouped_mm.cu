@@ -2,6 +2,7 @@
 // the tensor-core kernels for every device from sm_80 are here. A block computes one tile of rows of one expert, found from the
 // offsets on the device (row_tiles.h); the rows of dropped slots are a group of their own and are written as zero.
 #include "grouped_gemm.h"
+#include "grouped_gemm_sm90.h"
 #include "grouped_mm_config.h"
 #include "kernels.h"
 #include "mma_tile.cuh"
@@ -112,6 +113,7 @@ GemmKernel chosen(const GroupedMmParams& p) {
   query.N = p.N;
   query.K = p.K;
   query.aligned = is_aligned(p.x, element) && is_aligned(p.weight, p.E, weight_stride, element);
+  query.aligned_out = is_aligned(p.out) && p.out_stride * element % 16 == 0;
   query.epilogue = p.bias || p.accumulate;
   return choose(kGroupedMmRules, query).kernel;
 }
@@ -120,9 +122,13 @@ Status supports(const GroupedMmParams& p) {
   return p.weight.stride_n == 1 || p.weight.stride_k == 1 ? Status::kOk : Status::kUnsupportedLayout;
 }
 
-int64_t workspace(const GroupedMmParams& p, int) {
+bool is_sm90(GemmKernel kernel) { return kernel == GemmKernel::kSm90Cooperative || kernel == GemmKernel::kSm90Pingpong; }
+
+int64_t lists_bytes(const GroupedMmParams& p) {
   return pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E);
 }
+
+int64_t workspace(const GroupedMmParams& p, int) { return round_up(lists_bytes(p), 128) + (is_sm90(chosen(p)) ? sm90_workspace_bytes(p) : 0); }
 
 Status launch(const GroupedMmParams& host, const Launch& launch) {
   if (host.S == 0 || host.N == 0) return Status::kOk;
@@ -131,6 +137,7 @@ Status launch(const GroupedMmParams& host, const Launch& launch) {
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.weight, p.E, place, launch); s != Status::kOk) return s;
   if (const Status s = move_to_device(p.bias, p.E, place, launch); s != Status::kOk) return s;
+  if (is_sm90(kernel)) return sm90_grouped_mm(kernel, p, static_cast<char*>(launch.workspace) + round_up(lists_bytes(host), 128), launch);
   if (kernel == GemmKernel::kSimt) return simt_grouped_mm(p, launch);
   return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
 }

@@ -20,7 +20,8 @@ struct GemmQuery {
   int64_t rows = 0;         // S
   int64_t experts = 0;      // E
   int64_t N = 0, K = 0;     // of one expert's matrix
-  bool aligned = true;      // all operands and results can be read and written 16 bytes at a time
+  bool aligned = true;      // all operands can be read 16 bytes at a time
+  bool aligned_out = true;  // so can the results be written
   bool epilogue = false;    // a bias, or adding to what the result holds
 };
 
@@ -36,7 +37,9 @@ constexpr bool kHasSm90 = true;
 constexpr bool kHasSm90 = false;
 #endif
 
-constexpr bool runs_wgmma(const GemmQuery& q) { return kHasSm90 && q.capability == 90 && !q.epilogue && q.K > 0; }
+constexpr bool runs_wgmma(const GemmQuery& q) {
+  return kHasSm90 && q.capability == 90 && q.aligned_out && !q.epilogue && q.rows > 0 && q.K > 0 && q.K % 8 == 0 && q.N % 8 == 0;
+}
 constexpr bool has_few_rows(const GemmQuery& q, int64_t rows) { return q.rows < rows * q.experts; }
 
 constexpr GemmRule kGroupedMmRules[] = {

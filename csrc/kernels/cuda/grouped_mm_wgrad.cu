@@ -2,6 +2,7 @@
 // tensor-core kernel for every device from sm_80 is here. A block computes one tile of one expert's matrix over all of its rows
 // in their order: no atomics, and an expert without rows is an empty sum, exactly zero.
 #include "grouped_gemm.h"
+#include "grouped_gemm_sm90.h"
 #include "grouped_mm_config.h"
 #include "kernels.h"
 #include "mma_tile.cuh"
@@ -57,10 +58,14 @@ GemmKernel chosen(const GroupedMmWgradParams& p) {
   query.N = p.M;
   query.K = p.N;
   query.aligned = is_aligned(p.a, element) && is_aligned(p.b, element);
+  query.aligned_out = is_aligned(p.out, p.E, p.out.stride, element);
   return choose(kWgradRules, query).kernel;
 }
 
-int64_t workspace(const GroupedMmWgradParams& p, int) { return pointer_table_bytes(p.out.list, p.E); }
+int64_t workspace(const GroupedMmWgradParams& p, int) {
+  const bool sm90 = chosen(p) == GemmKernel::kSm90Cooperative;
+  return round_up(pointer_table_bytes(p.out.list, p.E), 128) + (sm90 ? sm90_workspace_bytes(p) : 0);
+}
 
 Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
   if (host.E == 0 || host.M == 0 || host.N == 0) return Status::kOk;
@@ -68,6 +73,9 @@ Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
   GroupedMmWgradParams p = host;
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.out, p.E, place, launch); s != Status::kOk) return s;
+  if (kernel == GemmKernel::kSm90Cooperative) {
+    return sm90_wgrad(p, static_cast<char*>(launch.workspace) + round_up(pointer_table_bytes(host.out.list, p.E), 128), launch);
+  }
   if (kernel == GemmKernel::kSimt) return simt_wgrad(p, launch);
   return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
 }

@@ -61,7 +61,7 @@ __device__ __forceinline__ void copy_chunk(char* shared, const T* global, int co
 template <class T, int kExtent, bool kAligned>
 struct KMajorLoader {
   static constexpr Major kMajor = Major::kK;
-  static constexpr int kCopies = kExtent * kMmaDepth / kChunkElements / kMmaThreads, kRowChunks = row_chunks<kMajor>(kExtent);
+  static constexpr int kCopies = copies_per_thread<kMajor>(kExtent);
   const T* row[kCopies];  // of the chunks this thread copies; an absent row reads nothing
   bool present[kCopies];
   const T* any;  // a valid address
@@ -70,20 +70,19 @@ struct KMajorLoader {
   __device__ KMajorLoader(const T* base, int rows, const RowAt& row_at) : any(base) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
+      const int r = copied_chunk<kMajor>(kExtent, threadIdx.x, i).row;
       present[i] = r < rows;
       row[i] = present[i] ? row_at(r) : base;
     }
   }
 
   __device__ void load(int64_t k0, int64_t k_end, char* stage) const {
-    const int chunk = threadIdx.x % kRowChunks;
-    const int64_t k = k0 + chunk * kChunkElements;
-    const int valid = valid_elements(k, k_end);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int count = present[i] ? valid : 0, r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
-      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, r, chunk) * 16, count ? row[i] + k : any, count);
+      const ChunkIndex c = copied_chunk<kMajor>(kExtent, threadIdx.x, i);
+      const int64_t k = k0 + c.chunk * kChunkElements;
+      const int count = present[i] ? valid_elements(k, k_end) : 0;
+      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, c.row, c.chunk) * 16, count ? row[i] + k : any, count);
     }
   }
 };
@@ -93,7 +92,7 @@ struct KMajorLoader {
 template <class T, int kExtent, bool kAligned, class RowAt>
 struct MnMajorLoader {
   static constexpr Major kMajor = Major::kMN;
-  static constexpr int kCopies = kExtent * kMmaDepth / kChunkElements / kMmaThreads, kRowChunks = row_chunks<kMajor>(kExtent);
+  static constexpr int kCopies = copies_per_thread<kMajor>(kExtent);
   const T* any;
   RowAt row_at;
   int64_t column;
@@ -102,16 +101,15 @@ struct MnMajorLoader {
   __device__ MnMajorLoader(const T* base, int64_t first_column, int64_t columns, const RowAt& rows)
       : any(base),
         row_at(rows),
-        column(first_column + threadIdx.x % kRowChunks * kChunkElements),
+        column(first_column + copied_chunk<kMajor>(kExtent, threadIdx.x, 0).chunk * kChunkElements),
         valid(valid_elements(column, columns)) {}
 
   __device__ void load(int64_t k0, int64_t k_end, char* stage) const {
-    const int chunk = threadIdx.x % kRowChunks;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int r = (threadIdx.x + i * kMmaThreads) / kRowChunks;
-      const int count = k0 + r < k_end ? valid : 0;
-      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, r, chunk) * 16, count ? row_at(k0 + r) + column : any, count);
+      const ChunkIndex c = copied_chunk<kMajor>(kExtent, threadIdx.x, i);  // the same chunk of another row for every i
+      const int count = k0 + c.row < k_end ? valid : 0;
+      copy_chunk<kAligned>(stage + chunk_position<kMajor>(kExtent, c.row, c.chunk) * 16, count ? row_at(k0 + c.row) + column : any, count);
     }
   }
 };

@@ -32,11 +32,23 @@ MOE_HD constexpr int chunk_position(int extent, int row, int chunk) {
   return row * row_chunks<major>(extent) + (chunk ^ swizzle);
 }
 
-// ldmatrix.x4 of the 16 (m or n) x 16 (k) block at (mn, k): the chunk whose address `lane` gives. Matrices 1 and 2 are the
-// lower left and upper right quarters of A; for B, whose two n8 halves are separate operands, the other way round.
 struct ChunkIndex {
   int row, chunk;
 };
+
+// The i-th chunk of a stage that a thread brings in: neighbouring threads, neighbouring chunks of global memory.
+template <Major major>
+MOE_HD constexpr ChunkIndex copied_chunk(int extent, int thread, int i) {
+  const int index = thread + i * kMmaThreads, chunks = row_chunks<major>(extent);
+  return {index / chunks, index % chunks};
+}
+template <Major major>
+MOE_HD constexpr int copies_per_thread(int extent) {
+  return tile_rows<major>(extent) * row_chunks<major>(extent) / kMmaThreads;
+}
+
+// ldmatrix.x4 of the 16 (m or n) x 16 (k) block at (mn, k): the chunk whose address `lane` gives. Matrices 1 and 2 are the
+// lower left and upper right quarters of A; for B, whose two n8 halves are separate operands, the other way round.
 template <Major major, bool is_a>
 MOE_HD constexpr ChunkIndex ldmatrix_chunk(int lane, int mn, int k) {
   const int matrix = lane >> 3, first = matrix & 1, second = matrix >> 1;
@@ -55,7 +67,6 @@ struct MmaTile {
   static constexpr int kM = BM, kN = BN, kWarpM = BM / 2, kWarpN = BN / 4, kStepsM = kWarpM / 16, kStepsN = kWarpN / 8;
   static constexpr int kABytes = BM * kMmaDepth * 2, kBBytes = BN * kMmaDepth * 2, kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = kMmaStages * kStageBytes;
-  static constexpr int kCopiesA = BM * kMmaDepth / kChunkElements / kMmaThreads, kCopiesB = BN * kMmaDepth / kChunkElements / kMmaThreads;
 
   static MOE_HD constexpr int warp_m(int warp) { return warp / 4 * kWarpM; }
   static MOE_HD constexpr int warp_n(int warp) { return warp % 4 * kWarpN; }

@@ -1,6 +1,7 @@
 // The simulated machine: decoded kernels, warps of independent threads, CTAs, clusters, one launch at a time.
 // A register is 32 lanes side by side; a predicate is a mask of lanes; immediates and special registers are registers too.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -111,6 +112,7 @@ struct Warp {
   Fragment* now = nullptr;           // the one that runs
   std::vector<uint32_t> clock;       // of each warp of the cluster, as this warp knows it (races)
   uint32_t lane_epoch = 0;           // counts what orders the lanes of this warp
+  std::array<uint32_t, kLanes> cluster_waits{};  // of each lane, at the barrier of the cluster
   struct AsyncState* async = nullptr;
 
   template <class T>

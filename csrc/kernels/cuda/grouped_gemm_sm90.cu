@@ -1,0 +1,133 @@
+// What happens around a CUTLASS grouped GEMM on sm_90a: gathered rows are copied into place, the arrays of problems are filled on
+// the device, and what no problem writes is cleared: rows of dropped slots, gradients of experts without rows.
+#include "grouped_gemm_sm90.h"
+
+#include "element.cuh"
+#include "gemm_problems.h"
+#include "kernels.h"
+
+namespace moe::cuda {
+namespace {
+
+constexpr int64_t kElement = 2;  // bytes: these kernels are for 16-bit types
+
+__global__ void __launch_bounds__(kThreads) fill_kernel(GemmOperands o, const int32_t* expert_offsets, int64_t E, char* base,
+                                                        Sm90Workspace w) {
+  const int64_t e = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (e >= E) return;
+  const GemmProblem problem = problem_of(o, expert_offsets, e, kElement);
+  int32_t* shape = reinterpret_cast<int32_t*>(base + w.shapes) + 3 * e;
+  shape[0] = problem.m, shape[1] = problem.n, shape[2] = problem.k;
+  reinterpret_cast<const char**>(base + w.a)[e] = problem.a;
+  reinterpret_cast<const char**>(base + w.b)[e] = problem.b;
+  reinterpret_cast<char**>(base + w.d)[e] = problem.d;
+  reinterpret_cast<int64_t*>(base + w.ld_a)[e] = o.ld_x;
+  reinterpret_cast<int64_t*>(base + w.ld_b)[e] = o.ld_other;
+  reinterpret_cast<int64_t*>(base + w.ld_d)[e] = o.out.stride;
+}
+
+// Rows of dropped slots.
+__global__ void __launch_bounds__(kThreads) clear_rows_kernel(uint16_t* out, int64_t stride, int64_t N, const int32_t* expert_offsets,
+                                                              int64_t S, int64_t E) {
+  for (int64_t r = expert_offsets[E] + blockIdx.x; r < S; r += gridDim.x) {
+    for (int64_t i = threadIdx.x; i < N; i += kThreads) out[r * stride + i] = 0;
+  }
+}
+
+// Results of experts without rows; kClearBlocks blocks per expert.
+constexpr int kClearBlocks = 16;
+__global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out, int64_t M, int64_t N, const int32_t* expert_offsets) {
+  const int64_t e = blockIdx.x / kClearBlocks;
+  if (expert_offsets[e] != expert_offsets[e + 1]) return;
+  uint16_t* matrix = static_cast<uint16_t*>(expert_bytes(out, e, kElement));
+  for (int64_t m = blockIdx.x % kClearBlocks; m < M; m += kClearBlocks) {
+    for (int64_t n = threadIdx.x; n < N; n += kThreads) matrix[m * out.stride + n] = 0;
+  }
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+int64_t copied_bytes(const Rows& rows, int64_t S, int64_t width) { return rows.row_to_slot ? S * width * kElement : 0; }
+
+// Where the rows are once they need no gathering: copied to `place`, or where they were.
+Status bring_into_place(const Rows& rows, DType dtype, int64_t S, int64_t width, char* place, const Launch& launch, const char*& data,
+                        int64_t& stride) {
+  data = static_cast<const char*>(rows.data);
+  stride = rows.stride;
+  if (!rows.row_to_slot) return Status::kOk;
+  PermuteParams p{dtype, rows, S, width, place};
+  data = place;
+  stride = width;
+  return permute.launch(p, launch);
+}
+
+Status multiply(const GemmOperands& o, const int32_t* expert_offsets, int64_t E, char* base, const Sm90Workspace& w, int sms,
+                Sm90Launch kernel, const Launch& launch) {
+  const unsigned blocks = static_cast<unsigned>(divide_up(E, kThreads));
+  fill_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(o, expert_offsets, E, base, w);
+  if (launched() != Status::kOk) return Status::kLaunchFailed;
+  GemmArrays arrays{static_cast<int>(E), sms};
+  arrays.shapes = base + w.shapes;
+  arrays.a = base + w.a;
+  arrays.b = base + w.b;
+  arrays.d = base + w.d;
+  arrays.ld_a = base + w.ld_a;
+  arrays.ld_b = base + w.ld_b;
+  arrays.ld_d = base + w.ld_d;
+  arrays.tensor_maps = base + w.tensor_maps;
+  return kernel(arrays, launch.stream);
+}
+
+}  // namespace
+
+int64_t sm90_workspace_bytes(const GroupedMmParams& p) {
+  return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.x, p.S, p.K), 0).bytes;
+}
+int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) {
+  return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.a, p.S, p.M), copied_bytes(p.b, p.S, p.N)).bytes;
+}
+
+Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* workspace, const Launch& launch) {
+  char* base = static_cast<char*>(workspace);
+  const int sms = multiprocessors();
+  const bool n_major = p.weight.stride_k != 1;
+  const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.x, p.S, p.K), 0);
+  GemmOperands o;
+  if (const Status s = bring_into_place(p.x, p.dtype, p.S, p.K, base + w.rows_x, launch, o.x, o.ld_x); s != Status::kOk) return s;
+  o.ld_other = n_major ? p.weight.stride_k : p.weight.stride_n;
+  o.weight = p.weight;
+  o.out.base = p.out;
+  o.out.stride = p.out_stride;
+  o.N = p.N;
+  o.K = p.K;
+  const unsigned blocks = static_cast<unsigned>(least<int64_t>(p.S, 4 * sms));
+  clear_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(static_cast<uint16_t*>(p.out), p.out_stride, p.N,
+                                                                                      p.expert_offsets, p.S, p.E);
+  const auto pick = p.dtype == DType::kBFloat16 ? sm90_grouped_mm_bf16 : sm90_grouped_mm_f16;
+  return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(kernel, n_major), launch);
+}
+
+Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {
+  char* base = static_cast<char*>(workspace);
+  const int sms = multiprocessors();
+  const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.a, p.S, p.M), copied_bytes(p.b, p.S, p.N));
+  GemmOperands o;
+  o.wgrad = true;
+  if (const Status s = bring_into_place(p.a, p.dtype, p.S, p.M, base + w.rows_x, launch, o.x, o.ld_x); s != Status::kOk) return s;
+  if (const Status s = bring_into_place(p.b, p.dtype, p.S, p.N, base + w.rows_other, launch, o.other, o.ld_other); s != Status::kOk) {
+    return s;
+  }
+  o.out = p.out;
+  o.N = p.M;
+  o.K = p.N;
+  clear_experts_kernel<<<static_cast<unsigned>(p.E * kClearBlocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
+      p.out, p.M, p.N, p.expert_offsets);
+  return multiply(o, p.expert_offsets, p.E, base, w, sms, sm90_wgrad(p.dtype), launch);
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,103 @@
+#include "race.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace gpusim::race {
+
+bool enabled() {
+  static const bool on = [] {
+    const char* setting = std::getenv("GPUSIM_RACE");
+    return !setting || std::string(setting) != "0";
+  }();
+  return on;
+}
+
+int number(const Warp& w) { return w.cta->rank * static_cast<int>(w.cta->warps.size()) + w.index; }
+
+void start(Warp& w) {
+  w.clock.assign(w.cta->cluster->ctas.size() * w.cta->warps.size(), 0);
+  w.clock[number(w)] = 1;
+}
+
+void release(Warp& w, std::vector<uint32_t>* into) {
+  if (!enabled()) return;
+  into->resize(w.clock.size());
+  for (size_t k = 0; k < w.clock.size(); ++k) (*into)[k] = std::max((*into)[k], w.clock[k]);
+  ++w.clock[number(w)];
+}
+
+void acquire(Warp& w, const std::vector<uint32_t>& from) {
+  if (!enabled()) return;
+  for (size_t k = 0; k < from.size(); ++k) w.clock[k] = std::max(w.clock[k], from[k]);
+  ++w.lane_epoch;
+}
+
+void lanes_synchronised(Warp& w) { ++w.lane_epoch; }
+void fence(Warp&) {}
+
+namespace {
+
+std::string describe(const Warp& w, const ShadowEntry& e, const char* verb) {
+  const int per_cta = static_cast<int>(w.cta->warps.size());
+  return std::string(verb) + " by warp " + std::to_string(e.warp % per_cta) +
+         (e.lane == 255 ? "" : " lane " + std::to_string(e.lane)) + " of CTA rank " + std::to_string(e.warp / per_cta);
+}
+
+// Whether what `e` stands for is ordered before what this lane does now.
+bool ordered(const Warp& w, int self, int lane, const ShadowEntry& e) {
+  if (!e.clock) return true;
+  if (e.warp != self) return w.clock[e.warp] >= e.clock;
+  return e.lane == lane || e.epoch != w.lane_epoch;
+}
+
+void check(Warp& w, const Instr& i, int lane, const SharedShadow::Unit& u, uint32_t offset, bool writes, bool atomic) {
+  const int self = number(w);
+  if (!(atomic && u.atomic) && !ordered(w, self, lane, u.write))
+    fail(w, i, lane, "race on shared memory at " + std::to_string(offset) + ": unordered with a " + describe(w, u.write, "write"));
+  if (!writes) return;
+  for (const ShadowEntry& r : u.reads)
+    if (!ordered(w, self, lane, r))
+      fail(w, i, lane, "race on shared memory at " + std::to_string(offset) + ": unordered with a " + describe(w, r, "read"));
+}
+
+}  // namespace
+
+void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes, Access access) {
+  if (!enabled() || bytes < 2) return;
+  const bool atomic = access == Access::kAtomic, writes = atomic || access == Access::kStore;
+  const ShadowEntry mine{w.clock[number(w)], w.lane_epoch, static_cast<uint16_t>(number(w)), static_cast<uint8_t>(lane)};
+  for (uint32_t at = offset; at < offset + static_cast<uint32_t>(bytes); at += 2) {
+    SharedShadow::Unit& u = owner.shadow->unit(at);
+    check(w, i, lane, u, at, writes, atomic);
+    if (writes) {
+      u.write = mine;
+      u.atomic = atomic;
+      u.generic_write = true;
+      std::fill(std::begin(u.reads), std::end(u.reads), ShadowEntry{});
+      continue;
+    }
+    ShadowEntry* place = &u.reads[0];
+    for (ShadowEntry& r : u.reads) {
+      if (r.clock && r.warp == mine.warp) {
+        place = &r;
+        break;
+      }
+      if (!r.clock || r.clock < place->clock) place = &r;
+    }
+    const bool several = place->clock && place->warp == mine.warp && place->lane != mine.lane && place->epoch == mine.epoch;
+    *place = mine;
+    if (several) place->lane = 255;
+  }
+}
+
+void async_write(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes) {
+  if (!enabled()) return;
+  for (uint32_t at = offset; at < offset + static_cast<uint32_t>(bytes); at += 2) {
+    SharedShadow::Unit& u = owner.shadow->unit(at);
+    check(w, i, lane, u, at, true, false);
+    u = {};
+  }
+}
+
+}  // namespace gpusim::race

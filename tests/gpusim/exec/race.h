@@ -1,0 +1,45 @@
+// Races on shared memory: a vector clock per warp and, per two bytes, who wrote last and who has read since.
+// Ordered by: CTA and cluster barriers, mbarriers, shared atomics, and, among the lanes of a warp, bar.warp.sync.
+// shfl, vote and match order nothing. Single bytes are not followed. GPUSIM_RACE=0 switches the check off.
+#pragma once
+#include "access.h"
+
+namespace gpusim {
+
+struct ShadowEntry {
+  uint32_t clock = 0;  // 0: nobody
+  uint32_t epoch = 0;  // of the warp's lanes
+  uint16_t warp = 0;   // in the cluster
+  uint8_t lane = 0;    // 255: several
+};
+
+class SharedShadow {
+ public:
+  explicit SharedShadow(size_t bytes) : units_(bytes / 2 + 1) {}
+  struct Unit {
+    ShadowEntry write, reads[4];
+    bool atomic = false;         // the last write was one
+    bool generic_write = false;  // by ordinary stores, with no fence to the asynchronous proxy since (async/fence)
+  };
+  Unit& unit(uint32_t offset) { return units_[offset / 2]; }
+  size_t units() const { return units_.size(); }
+
+ private:
+  std::vector<Unit> units_;
+};
+
+namespace race {
+
+bool enabled();
+void start(Warp& w);
+int number(const Warp& w);  // of a warp in its cluster
+void release(Warp& w, std::vector<uint32_t>* into);        // what the warp did so far is known to whoever acquires it
+void acquire(Warp& w, const std::vector<uint32_t>& from);
+void lanes_synchronised(Warp& w);
+void fence(Warp& w);
+void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes, Access access);
+// An asynchronous write is about to be issued: everything that was done to these bytes must be known to the issuing warp.
+void async_write(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes);
+
+}  // namespace race
+}  // namespace gpusim

@@ -1,0 +1,37 @@
+"""What the CUDA kernels compute besides products, compiled for the host: tiles of rows, the sort's plan, index maps of the
+tensor-core tile, problems of a grouped GEMM, the choice of a kernel. Each program of tests/cuda_host compares it with brute force.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+PROGRAMS = sorted((TESTS / "cuda_host").glob("*.cpp"))
+FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the programs with"),
+    pytest.mark.skipif(not CSRC.is_dir(), reason="the C++ sources are not beside the tests"),
+]
+
+
+def run(program: Path, folder: Path, *flags: str) -> None:
+    compiled = subprocess.run(["g++", *FLAGS, *flags, str(program), "-o", str(folder / "program")], capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([str(folder / "program")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
+def test_agrees_with_brute_force(program: Path, tmp_path: Path) -> None:
+    run(program, tmp_path)
+
+
+def test_choice_of_kernels_in_a_build_with_sm90(tmp_path: Path) -> None:
+    run(TESTS / "cuda_host" / "config.cpp", tmp_path, "-DMOE_CUDA_SM90=1")
