@@ -18,6 +18,7 @@ try:
     from . import ops as ops  # loads the libraries: first
     from . import reference as reference
     from . import testing as testing
+    from .auto import auto
     from .enable import disable, enable, explain, patched, register
     from .experts import ExpertSpec, ExpertWeights
     from .functional import grouped_experts
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertWeights",
     "GroupedExperts",
     "NoExpertsFound",
+    "auto",
     "disable",
     "enable",
     "explain",

@@ -7,6 +7,7 @@ switched through the `experts_implementation` of their configs, all others by a 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from . import prove as proofs
 from .integrations import detect, patch, stacked
 from .integrations.fallback import DISABLE_VARIABLE, disabled_by_environment
 from .report import BlockReport, EnableError, EnableReport, NoExpertsFound
+
+#: Proofs compare what is drawn from the global random generators, which belong to the whole process.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass
@@ -50,6 +54,11 @@ def enable(model: nn.Module, strict: bool = False, prove: bool = True) -> Enable
     Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
     in the environment nothing is done, and the report says so. Calling it again examines and proves again.
     """
+    with _ONE_AT_A_TIME:
+        return _enable(model, strict, prove)
+
+
+def _enable(model: nn.Module, strict: bool, prove: bool) -> EnableReport:
     begin = time.perf_counter()
     candidates = _examine(model)
     report = EnableReport(type(model).__name__, [c.report for c in candidates])

@@ -308,6 +308,14 @@ def test_T66_what_bitsandbytes_makes_of_the_scales_when_it_saves_is_refused() ->
     assert refused(linears) == "the 4-bit weight of expert 0 has scales of bfloat16 [2, 64] for 8192 values in blocks of 64"
 
 
+def test_T66_bytes_and_scales_of_different_layouts_are_refused() -> None:
+    """What a forward leaves behind that ran on a detached alias of the weight: both share one state."""
+    linears = experts4bit(2, 64, 128)
+    usual = linears[1].weight.data
+    pack_for_cpu(linears[1]).weight.data = usual
+    assert refused(linears) == "the 4-bit weight of expert 1 is in the usual layout, its quant_state in the one for the CPU"
+
+
 def test_undisturbed_takes_back_what_a_forward_decides() -> None:
     linears = experts4bit(1, 64, 64, bias=True, stored=torch.float16)
     linears[0].support_avx512bf16_for_cpu = True

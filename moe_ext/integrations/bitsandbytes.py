@@ -97,7 +97,7 @@ def _signature(attributes: dict[str, Any], weight: Any, state: Any) -> tuple[Any
     absmax = fields["absmax"]
     return (
         type(weight), weight.device, weight.nbytes, weight.requires_grad, absmax.device, absmax.dtype, absmax.shape,
-        fields["shape"], fields["blocksize"], fields["nested"], fields.get("packing_format_for_cpu"),
+        fields["shape"], fields["blocksize"], fields["nested"], fields.get("packing_format_for_cpu") and weight.shape,
         attributes["compute_dtype"], attributes["compute_type_is_set"], attributes["in_features"], attributes["out_features"],
     )  # fmt: skip
 
@@ -126,6 +126,8 @@ def _damaged(weight: Tensor, state: Any) -> str | None:
     numbers, absmax = state.shape.numel(), state.absmax
     if weight.nbytes != (numbers + 1) // 2:
         return f"holds {weight.nbytes} bytes, where {numbers} packed values take {(numbers + 1) // 2}: is it sharded?"
+    if _is_cpu_layout(state) and weight.shape[0] != state.shape[0]:
+        return "is in the usual layout, its quant_state in the one for the CPU"
     expected = (torch.bfloat16, 2) if _is_cpu_layout(state) else (torch.uint8, 1) if state.nested else (torch.float32, 1)
     # Delete when `_convert_weight_packed_for_cpu_inverse` restores scales that are not nested: `state_dict()` leaves them wrong.
     if (absmax.dtype, absmax.dim()) != expected or absmax.numel() != -(numbers // -state.blocksize):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import module_list, parameters, versions
 from .formulas import Formula, activation_name, stacked_formula
@@ -108,7 +109,14 @@ def _decorated_reason(module: nn.Module) -> str | None:
         if t.dim() != dim:
             return f"{name} has shape {tuple(t.shape)}, expected {dim} dimensions"
         dtypes.add(t.dtype)
-    return _dtype_reason(dtypes) or replaced_method(module)
+    # Below a hook of accelerate its forward still asks the registry, when the weights are where they are needed.
+    replaced = None if versions.has_accelerate_hook(module) else replaced_method(module)
+    return _wrapped_reason(module) or _dtype_reason(dtypes) or replaced
+
+
+def _wrapped_reason(module: nn.Module) -> str | None:
+    other = next((p for p in module.parameters() if is_traceable_wrapper_subclass(p)), None)
+    return None if other is None else f"a weight is a {type(other).__name__}, not a plain tensor: enable before the model is sharded"
 
 
 def _dtype_reason(dtypes: set[torch.dtype]) -> str | None:
@@ -129,7 +137,7 @@ def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
     linear = grouped_linears(module)
     if linear and (arguments == 1 or "" in linear):
         reasons = (replaced_method(child) for child in linear.values())
-        reason = _dtype_reason({t.dtype for t in cubes}) or next((r for r in reasons if r is not None), None)
+        reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in cubes}) or next((r for r in reasons if r is not None), None)
         return Found(
             module,
             "linear",
@@ -147,7 +155,7 @@ def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
         return None
     shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in stacks.items() if t.dim() == (3 if cubes else 2))
     layout = f"stacked, {shapes}" if cubes else f"flattened, {shapes}"
-    reason = _dtype_reason({t.dtype for t in stacks.values()}) or replaced_method(module)
+    reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in stacks.values()}) or replaced_method(module)
     return Found(module, "stacked", layout, reason=reason, owner=owner)
 
 
@@ -220,7 +228,9 @@ def linears(expert: nn.Module) -> dict[str, nn.Module] | None:
 def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
     found = Found(module, "listed", "module list", owner=owner, container=container)
     experts = module_list.container_of(module, container)
-    found.reason = replaced_method(module) or _experts_reason(experts, container or "expert") or _hook_reason(experts)
+    found.reason = (
+        _wrapped_reason(experts) or replaced_method(module) or _experts_reason(experts, container or "expert") or _hook_reason(experts)
+    )
     if found.reason is None:
         with undisturbed(experts):
             found.reason = _activation_reason(experts)

@@ -90,3 +90,9 @@ def is_wrapper(module: nn.Module) -> bool:
     """Whether PEFT has put this module around another one: the other is its `base_layer`."""
     # Delete when PEFT no longer wraps modules whose parameters it targets.
     return module._modules.get("base_layer") is not None
+
+
+def has_accelerate_hook(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward of this module by one that calls it between its hooks."""
+    # Delete when accelerate registers ordinary forward hooks.
+    return "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__

@@ -5,14 +5,14 @@
 #include <random>
 #include <vector>
 
-#define CHECK(condition, ...)                                                    \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::printf("%s:%d: %s is false: ", __FILE__, __LINE__, #condition);       \
-      std::printf(__VA_ARGS__);                                                  \
-      std::printf("\n");                                                         \
-      std::exit(1);                                                              \
-    }                                                                            \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::printf("%s:%d: %s is false: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                            \
+      std::printf("\n");                                                   \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // Ids of S slots: 0 uniform, 1 skewed to low ids, 2 one expert, 3 every third expert, 4 some outside [0, E), 5 all outside.

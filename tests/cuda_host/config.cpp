@@ -1,10 +1,9 @@
 // The kernel chosen for a query, and that every line of the tables is some query's choice.
 // Compiled with and without MOE_CUDA_SM90: without it, no query gets a wgmma kernel.
-#include "kernels/cuda/grouped_mm_config.h"
-
 #include <set>
 
 #include "check.h"
+#include "kernels/cuda/grouped_mm_config.h"
 
 using namespace moe;
 using namespace moe::cuda;
@@ -53,7 +52,9 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
 int main() {
   check_table(kGroupedMmRules, true);
   check_table(kWgradRules, false);
-  const auto kernel = [](int capability, int64_t rows) { return choose(kGroupedMmRules, query(DType::kBFloat16, capability, rows, 128)).kernel; };
+  const auto kernel = [](int capability, int64_t rows) {
+    return choose(kGroupedMmRules, query(DType::kBFloat16, capability, rows, 128)).kernel;
+  };
   CHECK(kernel(80, 64) == GemmKernel::kMma64 && kernel(80, 128 * 1024) == GemmKernel::kMma128, "sm_80");
   CHECK(kernel(90, 64) == (kHasSm90 ? GemmKernel::kSm90Pingpong : GemmKernel::kMma64), "sm_90, few rows");
   CHECK(kernel(90, 128 * 1024) == (kHasSm90 ? GemmKernel::kSm90Cooperative : GemmKernel::kMma128), "sm_90, many rows");

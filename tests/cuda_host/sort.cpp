@@ -1,10 +1,9 @@
 // The sort's plan, executed step by step as the kernels do, gives the rows of a sequential stable sort; its counters hold every
 // count; its shared memory and workspace are what it asks for.
-#include "kernels/cuda/sort_plan.h"
-
 #include <algorithm>
 
 #include "check.h"
+#include "kernels/cuda/sort_plan.h"
 
 using namespace moe::cuda;
 
@@ -78,7 +77,8 @@ int main() {
     for (int64_t S : {int64_t{0}, int64_t{16384}, int64_t{16385}, int64_t{1} << 23, (int64_t{1} << 23) + 1, (int64_t{1} << 31) - 2}) {
       const SortPlan plan = sort_plan(S, E);
       CHECK(sort_shared_bytes(plan.warps, E) <= kSortShared && (E + 1) * 4 <= kSortShared, "E=%ld", E);
-      CHECK(plan.chunk() <= UINT16_MAX && plan.chunk() * plan.chunks >= S && plan.chunks * plan.chunk() - S < std::max<int64_t>(plan.chunk(), 1024 + 32),
+      CHECK(plan.chunk() <= UINT16_MAX && plan.chunk() * plan.chunks >= S &&
+                plan.chunks * plan.chunk() - S < std::max<int64_t>(plan.chunk(), 1024 + 32),
             "S=%ld E=%ld", S, E);
       CHECK(sort_workspace_bytes(S, E) == (plan.chunks == 1 ? 0 : (E + 1) * plan.chunks * 4), "S=%ld E=%ld", S, E);
       CHECK(plan.warps >= 1 && plan.warps <= 32 && plan.chunks <= INT32_MAX, "S=%ld E=%ld", S, E);

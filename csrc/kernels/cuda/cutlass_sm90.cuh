@@ -2,14 +2,14 @@
 // device only, so the grid is that of the whole device and nothing waits for the host.
 #pragma once
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include "gemm_problems.h"
-#include "grouped_gemm_sm90.h"
+#include "sm90_launch.h"
 
 namespace moe::cuda {
 
@@ -35,8 +35,8 @@ struct GroupedGemm {
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Row*, kAlignment, T, Row*, kAlignment,
       typename Schedule::Epilogue, cutlass::epilogue::fusion::LinearCombination<T, float>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, LayoutA*, kAlignment, T, LayoutB*, kAlignment, float,
-      typename Schedule::Tile, typename Schedule::Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, LayoutA*, kAlignment, T, LayoutB*, kAlignment, float, typename Schedule::Tile,
+      typename Schedule::Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       typename Schedule::Mainloop>::CollectiveOp;
   using ProblemShape = cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>;
@@ -73,10 +73,10 @@ struct GroupedGemm {
 
 // grouped_mm of one element type.
 template <class T>
-Sm90Launch pick_grouped_mm(GemmKernel kernel, bool n_major) {
+Sm90Launch pick_grouped_mm(bool cooperative, bool n_major) {
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;
-  if (kernel == GemmKernel::kSm90Cooperative) {
+  if (cooperative) {
     return n_major ? GroupedGemm<T, Cooperative, Row, Row>::launch : GroupedGemm<T, Cooperative, Row, Column>::launch;
   }
   return n_major ? GroupedGemm<T, Pingpong, Row, Row>::launch : GroupedGemm<T, Pingpong, Row, Column>::launch;

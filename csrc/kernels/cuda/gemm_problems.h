@@ -3,6 +3,7 @@
 #pragma once
 #include "../params.h"
 #include "host_device.h"
+#include "sm90_launch.h"
 
 namespace moe::cuda {
 
@@ -40,7 +41,11 @@ MOE_HD GemmProblem problem_of(const GemmOperands& o, const int32_t* expert_offse
     char* out = static_cast<char*>(expert_bytes(o.out, e, element));
     return rows ? GemmProblem{n, k, rows, x, other, out} : GemmProblem{0, 0, 0, x, other, out};
   }
-  return {rows, n, k, x, static_cast<const char*>(expert_bytes(o.weight, e, element)),
+  return {rows,
+          n,
+          k,
+          x,
+          static_cast<const char*>(expert_bytes(o.weight, e, element)),
           static_cast<char*>(o.out.base) + first * o.out.stride * element};
 }
 
@@ -48,7 +53,6 @@ MOE_HD GemmProblem problem_of(const GemmOperands& o, const int32_t* expert_offse
 struct Sm90Workspace {
   int64_t shapes = 0, a = 0, b = 0, d = 0, ld_a = 0, ld_b = 0, ld_d = 0, tensor_maps = 0, rows_x = 0, rows_other = 0, bytes = 0;
 };
-constexpr int64_t kTensorMapBytesPerSm = 1024;  // A, B, and D of up to three warp groups, 128 bytes each, with room
 
 MOE_HD Sm90Workspace sm90_workspace(int64_t E, int64_t multiprocessors, int64_t rows_x_bytes, int64_t rows_other_bytes) {
   Sm90Workspace w;

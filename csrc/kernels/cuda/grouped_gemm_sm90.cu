@@ -1,18 +1,18 @@
 // What happens around a CUTLASS grouped GEMM on sm_90a: gathered rows are copied into place, the arrays of problems are filled on
 // the device, and what no problem writes is cleared: rows of dropped slots, gradients of experts without rows.
-#include "grouped_gemm_sm90.h"
-
 #include "element.cuh"
 #include "gemm_problems.h"
+#include "grouped_gemm_sm90.h"
 #include "kernels.h"
+#include "sm90_launch.h"
 
 namespace moe::cuda {
 namespace {
 
 constexpr int64_t kElement = 2;  // bytes: these kernels are for 16-bit types
 
-__global__ void __launch_bounds__(kThreads) fill_kernel(GemmOperands o, const int32_t* expert_offsets, int64_t E, char* base,
-                                                        Sm90Workspace w) {
+__global__ void __launch_bounds__(kThreads)
+    fill_kernel(GemmOperands o, const int32_t* expert_offsets, int64_t E, char* base, Sm90Workspace w) {
   const int64_t e = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (e >= E) return;
   const GemmProblem problem = problem_of(o, expert_offsets, e, kElement);
@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(GemmOperands o, const in
 }
 
 // Rows of dropped slots.
-__global__ void __launch_bounds__(kThreads) clear_rows_kernel(uint16_t* out, int64_t stride, int64_t N, const int32_t* expert_offsets,
-                                                              int64_t S, int64_t E) {
+__global__ void __launch_bounds__(kThreads)
+    clear_rows_kernel(uint16_t* out, int64_t stride, int64_t N, const int32_t* expert_offsets, int64_t S, int64_t E) {
   for (int64_t r = expert_offsets[E] + blockIdx.x; r < S; r += gridDim.x) {
     for (int64_t i = threadIdx.x; i < N; i += kThreads) out[r * stride + i] = 0;
   }
@@ -107,9 +107,9 @@ Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* worksp
   o.K = p.K;
   const unsigned blocks = static_cast<unsigned>(least<int64_t>(p.S, 4 * sms));
   clear_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(static_cast<uint16_t*>(p.out), p.out_stride, p.N,
-                                                                                      p.expert_offsets, p.S, p.E);
+                                                                                       p.expert_offsets, p.S, p.E);
   const auto pick = p.dtype == DType::kBFloat16 ? sm90_grouped_mm_bf16 : sm90_grouped_mm_f16;
-  return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(kernel, n_major), launch);
+  return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(kernel == GemmKernel::kSm90Cooperative, n_major), launch);
 }
 
 Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {

@@ -50,12 +50,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmParams p, 
   const RowTile tile = RowTiles(p.expert_offsets, p.S, p.E, kRows).find(position.row_tile);
   if (tile.rows == 0) return;
   const int64_t n0 = position.column_tile * kColumns, e = tile.group;
-  Output<T> output{static_cast<T*>(p.out) + tile.begin * p.out_stride + n0,
-                   p.out_stride,
-                   nullptr,
-                   tile.rows,
-                   static_cast<int>(least<int64_t>(p.N - n0, kColumns)),
-                   p.accumulate};
+  Output<T> output{static_cast<T*>(p.out) + tile.begin * p.out_stride + n0, p.out_stride, nullptr, tile.rows,
+                   static_cast<int>(least<int64_t>(p.N - n0, kColumns)),    p.accumulate};
   if (e == p.E) return output.clear();
   if (p.bias) output.bias = expert_data<T>(p.bias, e) + n0;
 
@@ -81,8 +77,8 @@ Status launch_tiles(const GroupedMmParams& p, const Launch& launch) {
   const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kRows).count(), column_tiles = divide_up(p.N, kColumns);
   if (row_tiles * column_tiles > INT32_MAX) return Status::kUnsupportedLayout;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return Status::kLaunchFailed;
-  kernel<<<static_cast<unsigned>(row_tiles * column_tiles), kMmaThreads, kShared, static_cast<cudaStream_t>(launch.stream)>>>(
-      p, row_tiles, column_tiles);
+  kernel<<<static_cast<unsigned>(row_tiles * column_tiles), kMmaThreads, kShared, static_cast<cudaStream_t>(launch.stream)>>>(p, row_tiles,
+                                                                                                                              column_tiles);
   return launched();
 }
 
@@ -124,11 +120,11 @@ Status supports(const GroupedMmParams& p) {
 
 bool is_sm90(GemmKernel kernel) { return kernel == GemmKernel::kSm90Cooperative || kernel == GemmKernel::kSm90Pingpong; }
 
-int64_t lists_bytes(const GroupedMmParams& p) {
-  return pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E);
-}
+int64_t lists_bytes(const GroupedMmParams& p) { return pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E); }
 
-int64_t workspace(const GroupedMmParams& p, int) { return round_up(lists_bytes(p), 128) + (is_sm90(chosen(p)) ? sm90_workspace_bytes(p) : 0); }
+int64_t workspace(const GroupedMmParams& p, int) {
+  return round_up(lists_bytes(p), 128) + (is_sm90(chosen(p)) ? sm90_workspace_bytes(p) : 0);
+}
 
 Status launch(const GroupedMmParams& host, const Launch& launch) {
   if (host.S == 0 || host.N == 0) return Status::kOk;

@@ -3,6 +3,6 @@
 
 namespace moe::cuda {
 
-Sm90Launch sm90_grouped_mm_f16(GemmKernel kernel, bool n_major) { return pick_grouped_mm<cutlass::half_t>(kernel, n_major); }
+Sm90Launch sm90_grouped_mm_f16(bool cooperative, bool n_major) { return pick_grouped_mm<cutlass::half_t>(cooperative, n_major); }
 
 }  // namespace moe::cuda

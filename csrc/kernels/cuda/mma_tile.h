@@ -10,8 +10,8 @@ namespace moe::cuda {
 enum class Major { kK, kMN };
 
 constexpr int kMmaThreads = 256;
-constexpr int kMmaDepth = 32;   // k per stage
-constexpr int kMmaStages = 4;   // of the ring buffer
+constexpr int kMmaDepth = 32;  // k per stage
+constexpr int kMmaStages = 4;  // of the ring buffer
 constexpr int kChunkElements = 8;
 
 // Rows of an operand with `extent` rows (m or n) of one stage, and chunks in each.

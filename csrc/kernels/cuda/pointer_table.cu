@@ -1,7 +1,6 @@
 // Pointers from kernel arguments to device memory; see pointer_table.h.
-#include "pointer_table.h"
-
 #include "element.cuh"
+#include "pointer_table.h"
 
 namespace moe::cuda {
 namespace {

@@ -37,8 +37,7 @@ class RowTiles {
     int64_t low = 0, count = E_ + 1;
     while (count > 1) {
       const int64_t step = divide_up(count, 32);
-      const int64_t passed =
-          count_lanes([&](int lane) { return lane * step < count && first_tile(low + lane * step) <= tile; }) - 1;
+      const int64_t passed = count_lanes([&](int lane) { return lane * step < count && first_tile(low + lane * step) <= tile; }) - 1;
       low += passed * step;
       count = least(step, count - passed * step);
     }

@@ -6,8 +6,8 @@
 
 namespace moe::cuda {
 
-constexpr int64_t kSortOneBlock = 16384;     // up to here one block sorts everything
-constexpr int64_t kSortShared = 48 * 1024;   // shared memory that every device grants without being asked
+constexpr int64_t kSortOneBlock = 16384;    // up to here one block sorts everything
+constexpr int64_t kSortShared = 48 * 1024;  // shared memory that every device grants without being asked
 constexpr int64_t kSortMaximumExperts = 8190;
 
 struct SortPlan {

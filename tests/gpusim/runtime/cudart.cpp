@@ -272,6 +272,7 @@ GPUSIM_API const char* gpusim_kernels() {
 // GPUSIM_* may be changed between launches; the architecture is read here.
 GPUSIM_API void gpusim_set_architecture(int architecture) {
   Device& d = Device::get();
+  if (d.architecture == architecture) return;
   d.architecture = architecture;
   d.shared_per_block = architecture >= 90 ? 227 * 1024 : 163 * 1024;
   for (auto& m : d.modules) {

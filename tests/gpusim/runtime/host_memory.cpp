@@ -1,4 +1,4 @@
-// CPU tensors as device memory: from gpusim_watch(path of libc10.so) on, every block torch's CPU allocator hands out is known to
+// CPU tensors as device memory: from gpusim_watch("libc10.so", 1) on, every block torch's CPU allocator hands out is known to
 // the simulator, holds the pattern of fresh memory, and has a red zone behind it. Done by putting our functions into the
 // library's table of imported functions (its global offset table); nothing else in the process changes.
 #include <dlfcn.h>
@@ -18,10 +18,12 @@ namespace {
 
 constexpr size_t kRedZone = 1024;
 std::mutex mutex;
+bool active = false;
 int (*real_posix_memalign)(void**, size_t, size_t) = posix_memalign;
 void (*real_free)(void*) = std::free;
 
 int watched_posix_memalign(void** p, size_t alignment, size_t bytes) {
+  if (!active) return real_posix_memalign(p, alignment, bytes);
   const int error = real_posix_memalign(p, alignment, bytes + kRedZone);
   if (error) return error;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -82,9 +84,10 @@ int visit(dl_phdr_info* info, size_t, void* data) {
 
 }  // namespace
 
-// How many imports were replaced; 0 means that the library is not loaded or allocates in another way.
-extern "C" __attribute__((visibility("default"))) int gpusim_watch(const char* library) {
-  Wanted wanted{library};
-  dl_iterate_phdr(visit, &wanted);
+// Starts or pauses; the answer is how many imports are replaced: 0 means that the library is not loaded or allocates in another way.
+extern "C" __attribute__((visibility("default"))) int gpusim_watch(const char* library, int on) {
+  static Wanted wanted{library};
+  if (!wanted.replaced) dl_iterate_phdr(visit, &wanted);
+  active = on != 0;
   return wanted.replaced;
 }
