@@ -1,8 +1,11 @@
 """Known traps of patching models, of routing and of the block contract; a test's id carries the trap's number.
 
-Not here: T10 and T13 are about expert-parallel plans and llama4, which is listed as unsupported (test_report); T57 is about caches of
-stacked weights, of which there are none; T96 is in test_enable_stacked (compiled model); T97 is about autotuning; T99 about lists of
-modules, of which there are none; T100 is a benchmark.
+Not here:
+T10 a plan that keeps `experts.forward` keeps what asks the registry: on decorated experts nothing is put on the instance.
+T13 llama4's forward of one argument is an entry of test_architectures.py; T53 square weights are in test_own_blocks.py.
+T57 stacked weights are read at each call, not cached; what is cached of 4-bit weights is in test_bitsandbytes_blocks.py.
+T96 a compiled model is in test_enable_stacked.py and test_lifecycle_models.py; T97 nothing is tuned; T99 there are no lists of modules.
+T100 what the look at the experts sees is in test_placement.py; its time is in benchmarks/results.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "carry.h"
 #include "decoder.h"
 #include "floats.h"
 
@@ -209,10 +210,11 @@ void operands(Decoder& d, const Statement& s, Instr& i, Type t, int count) {
 
 template <class Op>
 void decode_arithmetic(Decoder& d, const Statement& s, Instr& i) {
+  if (s.has("cc")) return decode_carry(d, s, i);
   const Type t = d.type_of(s);
   operands(d, s, i, t, 2);
   if (is_float(t)) i.exec = float_op<Op, 2>(s, t);
-  else if (!s.has("sat") && !s.has("cc")) i.exec = for_integer(t, []<class T>() -> Exec { return binary<T, Op>; });
+  else if (!s.has("sat")) i.exec = for_integer(t, []<class T>() -> Exec { return binary<T, Op>; });
 }
 
 // d = a * b (+ c) at twice the width of the operands.
@@ -240,6 +242,7 @@ void decode_mul(Decoder& d, const Statement& s, Instr& i) {
 }
 
 void decode_mad(Decoder& d, const Statement& s, Instr& i) {
+  if (s.has("cc")) return decode_carry(d, s, i);
   const Type t = d.type_of(s);
   if (is_float(t)) {
     operands(d, s, i, t, 3);
@@ -250,7 +253,7 @@ void decode_mad(Decoder& d, const Statement& s, Instr& i) {
   Type third = t;
   if (s.has("wide")) third.size = static_cast<uint8_t>(2 * t.size);
   i.c = d.source(s.operands[3], third);
-  if (s.has("cc") || s.has("sat")) return;
+  if (s.has("sat")) return;
   i.exec = for_integer(t, [&]<class T>() -> Exec {
     if (s.has("lo")) return ternary<T, Fma>;
     if (s.has("hi")) return ternary<T, MadHigh>;

@@ -29,6 +29,7 @@ class Decoder {
   uint32_t predicate(const std::string& operand, bool* negated);  // "%p1", "!%p1"
   uint32_t constant(uint64_t bits, int width);
   uint32_t allocate(int width);
+  uint32_t carry() { return carry_ ? carry_ : carry_ = allocate(0); }  // the predicate of extended-precision arithmetic
   static std::vector<std::string> elements(const std::string& operand);  // of "{%r1, %r2}", or the operand itself
   Type type_of(const Statement& s, int from_end = 0) const;              // the last type suffix (or the one before it)
   void jump(const std::string& label, Instr& i);                         // i.imm = its pc, once known
@@ -64,6 +65,7 @@ class Decoder {
   std::map<std::string, Frame> frames_;
   std::vector<std::string> waiting_;  // functions called but not decoded yet
   Frame* frame_ = nullptr;
+  uint32_t carry_ = 0;
   const Statement* statement_ = nullptr;
   std::map<std::tuple<uint64_t, int, bool>, uint32_t> constants_;
   std::map<std::string, Slot> specials_;

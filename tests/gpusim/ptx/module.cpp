@@ -274,7 +274,7 @@ class BodyParser {
       } else if (c == '}') {
         open.pop_back();
         ++at;
-      } else if (text.substr(at).starts_with(".loc")) {  // ends with its line, without a semicolon
+      } else if (text.substr(at).starts_with(".loc ") || text.substr(at).starts_with(".loc\t")) {  // ends with its line, without a semicolon
         at = std::min(text.find('\n', at), text.size());
       } else if (const size_t label = label_length(text.substr(at))) {
         label_ = trim(text.substr(at, label - 1));
