@@ -1,6 +1,6 @@
 """A training step of one expert layer with LoRA of PEFT on every projection: moe_ext against PEFT's own way.
 
-    python benchmarks/bench_lora.py [--shapes small] [--dtypes bfloat16] [--tokens 64 512] [--rank 16] [--quick]
+    python benchmarks/bench_lora.py [--shapes small] [--dtypes bfloat16] [--tokens 64 512] [--rank 16] [--threads 1] [--quick]
 
 Stacked experts (transformers 5, `target_parameters`), where PEFT adds the adapters to the whole stack and transformers' grouped_mm or
 loop multiplies with the sum; and one module per expert (`target_modules`), where PEFT's layers are called expert by expert.
@@ -210,6 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["float32", "bfloat16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 128, 512])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row of the table, beyond the least number of rounds")
     parser.add_argument("--longest", type=float, default=20.0, help="a candidate whose one call takes more seconds is skipped")
     parser.add_argument("--quick", action="store_true", help="the smallest shape, few rounds: tries the benchmark, writes nothing")
@@ -225,6 +226,7 @@ def main() -> None:
 
     args = parse()
     torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
     data: dict[str, Any] = {"machine": machine() | {"transformers": transformers.__version__, "peft": peft.__version__}, "rows": []}
     for name in args.shapes:
         for dtype in args.dtypes:

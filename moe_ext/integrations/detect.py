@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..experts import ExpertSpec
 from . import module_list, parameters, versions
-from .formulas import Formula, activation_name, stacked_formula
+from .formulas import Formula, activation_name, own_formula, stacked_formula
 from .quiet import replaced_method, undisturbed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -78,18 +79,17 @@ def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | 
 # --------------------------------------------------------------------------------------------------------------------- decorated
 def stacked(module: nn.Module) -> Found:
     """Experts behind transformers' decorator. The flags say the layout; shapes are never asked (square weights are ambiguous)."""
-    found = Found(module, "decorated", _decorated_layout(module))
-    found.reason = _decorated_reason(module)
-    if found.reason is None:
-        found.formula = stacked_formula(module)
-    return found
+    reason = _decorated_reason(module)
+    formula = stacked_formula(module) if reason is None else None
+    layout = _decorated_layout(module, (formula or own_formula(module)).spec)
+    return Found(module, "decorated", layout, formula, reason)
 
 
-def _decorated_layout(module: nn.Module) -> str:
-    rows = "2I" if module.has_gate else "I"
-    words = [f"stacked [E,H,{rows}]" if module.is_transposed else f"stacked [E,{rows},H]"]
-    words += ["interleaved"] if module.has_gate and not module.is_concatenated else []
-    words += ["bias"] if module.has_bias else []
+def _decorated_layout(module: nn.Module, spec: ExpertSpec) -> str:
+    rows = "2I" if spec.gated else "I"
+    words = [f"stacked [E,H,{rows}]" if spec.transposed else f"stacked [E,{rows},H]"]
+    words += ["interleaved"] if spec.interleaved else []
+    words += ["bias"] if versions.flag(module, "has_bias") else []
     return ", ".join(words)
 
 
@@ -98,9 +98,10 @@ def _decorated_reason(module: nn.Module) -> str | None:
         return f"its class runs through a registry of its own, {type(versions.registry_of(module)).__name__}"
     if versions.experts_implementation(module) in versions.LOCKED_IMPLEMENTATIONS:
         return f"experts_implementation={versions.experts_implementation(module)!r} has rewritten the weights at load time"
-    names = {"gate_up_proj" if module.has_gate else "up_proj": 3, "down_proj": 3}
-    if module.has_bias:
-        names |= {"gate_up_proj_bias" if module.has_gate else "up_proj_bias": 2, "down_proj_bias": 2}
+    first = "gate_up_proj" if versions.flag(module, "has_gate") else "up_proj"
+    names = {first: 3, "down_proj": 3}
+    if versions.flag(module, "has_bias"):
+        names |= {f"{first}_bias": 2, "down_proj_bias": 2}
     dtypes = set()
     for name, dim in names.items():
         t = getattr(module, name, None)

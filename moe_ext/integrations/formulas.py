@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..experts import ACTIVATIONS, ExpertSpec
+from . import versions
 from .quiet import undisturbed
 
 #: Two functions are the same when they differ by less than this, relative to 1 + |value|, in float64: below the rounding of
@@ -40,16 +41,21 @@ class Formula:
 
 def own_formula(module: nn.Module) -> Formula:
     """The formula that leaves gate, activation and norm to a decorated module: right for each of them, and never fused."""
-    spec = ExpertSpec(gated=module.has_gate, transposed=module.is_transposed, interleaved=module.has_gate and not module.is_concatenated)
-    return Formula(spec, own_gate=True, own_post_norm=module.has_post_expert_norm)
+    gated, transposed, concatenated, post_norm = (
+        versions.flag(module, name) for name in ("has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    )
+    spec = ExpertSpec(gated=gated, transposed=transposed, interleaved=gated and not concatenated)
+    return Formula(spec, own_gate=True, own_post_norm=post_norm)
 
 
 def stacked_formula(module: nn.Module) -> Formula:
     """`own_formula` with the gate recognised, if it is one of `reference.activation`."""
     own = own_formula(module)
     with undisturbed(module):
-        if module.has_gate:
-            specs = [replace(own.spec, **options) for options in gate_candidates(module)]
+        if own.spec.gated:
+            # Without the flag the gate may be of either kind, and only one of them computes what it does.
+            kinds = [own.spec] if hasattr(module, "is_concatenated") else [own.spec, replace(own.spec, interleaved=True)]
+            specs = [replace(kind, **options) for kind in kinds for options in gate_candidates(module)]
             match = next((spec for spec in specs if _same_gate(module._apply_gate, spec)), None)
         else:
             name = activation_name(module.act_fn)

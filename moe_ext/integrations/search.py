@@ -154,7 +154,8 @@ def _count(found: Found) -> tuple[int, bool]:
     if found.kind == "listed":
         container = module_list.container_of(found.module, found.container)
         return len(module_list.members(container)), module_list.identities(container) > 0
-    return 0, any(type(child) is nn.Identity for child in found.module.children())
+    rows = {t.shape[0] for t in parameters.stacks(found.module).values() if t.dim() == 3}
+    return 0, len(rows) > 1 or any(type(child) is nn.Identity for child in found.module.children())
 
 
 def _experts_of(reader: Reader | Listed, found: Found) -> int:

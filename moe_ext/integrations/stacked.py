@@ -88,22 +88,25 @@ def _read_adapted(module: nn.Module, hidden_states: Tensor) -> ExpertWeights | s
     weights = read_weights(module)
     if peft.is_materialised(module):
         log_once(f"{type(module).__name__} is called with PEFT's adapters added to whole weights; moe_ext.enable(model) again groups them")
-    return _unusable(weights, hidden_states) or peft.with_adapters(module, weights, stack_names(module), module.is_transposed)
+    return _unusable(weights, hidden_states) or peft.with_adapters(
+        module, weights, stack_names(module), versions.flag(module, "is_transposed")
+    )
 
 
 def stack_names(module: nn.Module) -> tuple[str, str]:
     """The names of the two stacks of weights."""
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj" if versions.flag(module, "has_gate") else "up_proj", "down_proj")
 
 
 def read_weights(module: nn.Module) -> ExpertWeights:
     """The tensors that `module` computes with at this moment."""
     gate_up, down = stack_names(module)
+    biased = versions.flag(module, "has_bias")
     return ExpertWeights(
         gate_up_proj=getattr(module, gate_up),
         down_proj=getattr(module, down),
-        gate_up_bias=None if not module.has_bias else module.gate_up_proj_bias if module.has_gate else module.up_proj_bias,
-        down_bias=module.down_proj_bias if module.has_bias else None,
+        gate_up_bias=getattr(module, f"{gate_up}_bias") if biased else None,
+        down_bias=getattr(module, f"{down}_bias") if biased else None,
     )
 
 
@@ -112,7 +115,7 @@ def run_implementation(module: nn.Module, implementation: str | None, *args: Ten
     eager = versions.eager_forward(module)
     if implementation in (None, "eager", IMPLEMENTATION):
         return eager(module, *args)
-    return versions.registry_of(module).get_interface(implementation, eager)(module, *args)
+    return versions.implementation(module, implementation, eager)(module, *args)
 
 
 def plan_of(module: nn.Module) -> StackedPlan | None:

@@ -16,7 +16,10 @@ from torch import nn
 
 # What `use_experts_implementation` (transformers >= 5.0) leaves on an instance. Delete when transformers describes the layout of
 # stacked experts in a public object.
-LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+LAYOUT_FLAGS = ("has_bias", "is_transposed")
+# Flags that came later, and what holds of all experts of releases without them. Delete each when the first release with it is the oldest
+# supported one: 5.3, 5.7, 5.20. Experts with gate and up interleaved are older than their flag: their own gate tells.
+LATER_FLAGS = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}
 
 # Experts implementations that rewrite the weights into a layout of their own at load time, so that nothing else can read them.
 # Delete when transformers allows to switch away from them.
@@ -50,6 +53,11 @@ def is_decorated(module: nn.Module) -> bool:
     )
 
 
+def flag(module: nn.Module, name: str) -> bool:
+    """A flag of the layout of decorated experts; where the release does not have it, what holds of all its experts."""
+    return getattr(module, name, LATER_FLAGS[name]) if name in LATER_FLAGS else getattr(module, name)
+
+
 def registry_of(module: nn.Module) -> Any:
     """The registry that a decorated class dispatches through: quantized experts have another than `ALL_EXPERTS_FUNCTIONS`."""
     return _forward_variables(module)["experts_interface"]
@@ -60,11 +68,31 @@ def eager_forward(module: nn.Module) -> Callable[..., Any]:
     return _forward_variables(module)["original_forward"]
 
 
+def implementation(module: nn.Module, name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """What the registry of a decorated class has under `name`."""
+    registry = registry_of(module)
+    # Delete the alternative when transformers 5.0 is no longer supported: its registry is a mapping and no more.
+    return registry.get_interface(name, eager) if hasattr(registry, "get_interface") else registry[name]
+
+
 def _forward_variables(module: nn.Module) -> dict[str, Any]:
     # Delete when the decorator exposes its registry and the undecorated forward as attributes: until then they are in its closure.
-    forward = inspect.unwrap(type(module).forward, stop=lambda f: "experts_interface" in _free_variables(f))
+    forward = inspect.unwrap(type(module).forward, stop=_dispatches)
     names = _free_variables(forward)
-    return {name: cell.cell_contents for name, cell in zip(names, forward.__closure__ or (), strict=True)} if names else {}
+    found = {name: cell.cell_contents for name, cell in zip(names, forward.__closure__ or (), strict=True)} if names else {}
+    if _dispatches(forward):
+        found.setdefault("experts_interface", forward.__globals__.get(_GLOBAL_REGISTRY))
+    return found
+
+
+# Where the decorator of transformers 5.0 to 5.3 has its registry. Delete when these are no longer supported.
+_GLOBAL_REGISTRY = "ALL_EXPERTS_FUNCTIONS"
+
+
+def _dispatches(function: Any) -> bool:
+    """Whether this is the forward that the decorator puts around another."""
+    names = _free_variables(function)
+    return "experts_interface" in names or ("original_forward" in names and _GLOBAL_REGISTRY in function.__code__.co_names)
 
 
 def _free_variables(function: Any) -> tuple[str, ...]:

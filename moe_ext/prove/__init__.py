@@ -93,22 +93,32 @@ def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], P
     with undisturbed(found.owner or found.module):
         if found.kind == "linear":
             return prove_linears(found)
-        try:
-            places = search.places(found, 8 * TOKENS)
-            cuts: list[Cut] = []
-            whole = Proof()
-            for place in places:
-                known: list[Cut] = [search.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
-                one, proof = _first(iter(known), partial(_prove_place, found, place=place, first=False))
-                if not one:
-                    one, proof = _first(search.candidates(found, place), partial(_prove_place, found, place=place, first=True))
-                whole.figures |= proof.figures
-                if proof.reason is not None:
-                    return [], Proof(proof.reason, whole.figures)
-                cuts += one
-            return cuts, whole
-        except search.NotFound as error:
-            return [], Proof(str(error))
+        cuts, proof = _search(found, hint)
+        if not cuts and grouped_linears(found.module):
+            # Experts that are handed no routing, but have a layer for each projection that is handed rows and counts.
+            linears, linear_proof = prove_linears(found)
+            if linears:
+                return linears, linear_proof
+        return cuts, proof
+
+
+def _search(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], Proof]:
+    try:
+        places = search.places(found, 8 * TOKENS)
+        cuts: list[Cut] = []
+        whole = Proof()
+        for place in places:
+            known: list[Cut] = [search.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
+            one, proof = _first(iter(known), partial(_prove_place, found, place=place, first=False))
+            if not one:
+                one, proof = _first(search.candidates(found, place), partial(_prove_place, found, place=place, first=True))
+            whole.figures |= proof.figures
+            if proof.reason is not None:
+                return [], Proof(proof.reason, whole.figures)
+            cuts += one
+        return cuts, whole
+    except search.NotFound as error:
+        return [], Proof(str(error))
 
 
 def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[list[Cut], Proof]:

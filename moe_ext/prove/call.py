@@ -154,7 +154,7 @@ def prove_linear(module: nn.Module, cut: Linear) -> Proof:
         with replaced([(module, cut.weight, w)]):
             try:
                 return type(module).forward(module, a, counts.tolist())
-            except TypeError:
+            except (TypeError, AttributeError):  # it wants a tensor
                 return type(module).forward(module, a, counts.to(a.device))
 
     def ours(a: Tensor, w: Tensor) -> Tensor:

@@ -4,6 +4,15 @@
 
 namespace gpusim {
 
+void ThreadCopies::perform(uint64_t end) {
+  for (; first < end; ++first) {
+    const Copy c = pending.front();
+    pending.pop_front();
+    std::memcpy(c.to, c.from, c.filled);
+    std::memset(c.to + c.filled, 0, c.bytes - c.filled);
+  }
+}
+
 AsyncQueue::AsyncQueue(Cluster& cluster) : cluster_(cluster) {
   const char* setting = std::getenv("GPUSIM_ASYNC");
   const std::string mode = setting ? setting : "late";
@@ -12,39 +21,70 @@ AsyncQueue::AsyncQueue(Cluster& cluster) : cluster_(cluster) {
   if (seeded_) random_.seed(static_cast<unsigned>(std::strtoul(mode.c_str(), nullptr, 10)) + 7919 * cluster.index);
 }
 
-std::shared_ptr<bool> AsyncQueue::add(Operation operation) {
-  auto done = std::make_shared<bool>(false);
-  pending_.push_back({std::move(operation), done});
-  if (early_) run(pending_.size() - 1);
-  return done;
+bool AsyncQueue::now() { return early_ || (seeded_ && random_() % 3 == 0); }
+
+void AsyncQueue::add(Key key, Operation operation) {
+  pending_.push_back({key, std::move(operation)});
+  if (now()) run(pending_.size() - 1);
 }
 
 void AsyncQueue::run(size_t at) {
   Pending p = std::move(pending_[at]);
   pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(at));
-  *p.done = true;
   ++cluster_.launch->progress;
   p.operation();
 }
 
-void AsyncQueue::perform(const std::shared_ptr<bool>& token) {
-  for (size_t k = 0; k < pending_.size(); ++k)
-    if (pending_[k].done == token) return run(k);
-}
-
-void AsyncQueue::perform_all() {
-  while (!pending_.empty()) run(0);
+bool AsyncQueue::perform(Key key) {
+  bool any = false;
+  for (size_t k = 0; k < pending_.size();) {
+    if (pending_[k].key != key) {
+      ++k;
+      continue;
+    }
+    run(k);
+    any = true;
+  }
+  return any;
 }
 
 void AsyncQueue::turn(bool idle) {
-  if (pending_.empty()) return;
-  if (seeded_) {
+  if (seeded_)
     for (size_t n = random_() % 4; n > 0 && !pending_.empty(); --n) run(random_() % pending_.size());
-  }
   if (idle && !pending_.empty()) run(0);
 }
 
-void AsyncQueue::finish() { perform_all(); }
+// What nobody waited for still happens.
+void AsyncQueue::finish() {
+  while (!pending_.empty()) run(0);
+  for (auto& [warp, state] : states_)
+    for (int l = 0; l < kLanes; ++l) {
+      for (Group& group : state->bulk[l])
+        for (auto& operation : group.operations) operation();
+      for (auto& operation : state->bulk_open[l].operations) operation();
+    }
+}
+
+void AsyncQueue::arrive(Key key, int count, int64_t bytes) {
+  MBarrier& b = barriers[key];
+  b.pending -= count;
+  b.bytes -= bytes;
+  if (b.pending < 0) throw Failure{cluster_.launch->kernel->name + ": more arrivals at an mbarrier than its phase expects"};
+  if (b.pending || b.bytes) return;
+  b.pending = b.initial;
+  ++b.phase;
+  b.released = b.clock;
+  ++cluster_.launch->progress;
+}
+
+AsyncState& AsyncQueue::state(Warp& w) {
+  if (!w.async) {
+    auto& mine = states_[&w];
+    mine = std::make_unique<AsyncState>();
+    w.async = mine.get();
+  }
+  return *w.async;
+}
 
 std::shared_ptr<AsyncQueue> make_async_queue(Cluster& cluster) { return std::make_shared<AsyncQueue>(cluster); }
 

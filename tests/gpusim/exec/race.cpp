@@ -16,7 +16,8 @@ bool enabled() {
 int number(const Warp& w) { return w.cta->rank * static_cast<int>(w.cta->warps.size()) + w.index; }
 
 void start(Warp& w) {
-  w.clock.assign(w.cta->cluster->ctas.size() * w.cta->warps.size(), 0);
+  // Twice: what is known to have been done, and up to where fence.proxy.async covers it.
+  w.clock.assign(2 * w.cta->cluster->ctas.size() * w.cta->warps.size(), 0);
   w.clock[number(w)] = 1;
 }
 
@@ -35,6 +36,13 @@ void acquire(Warp& w, const std::vector<uint32_t>& from) {
 
 void lanes_synchronised(Warp& w) { ++w.lane_epoch; }
 void fence(Warp&) {}
+
+void proxy_fence(Warp& w) {
+  if (!enabled()) return;
+  const size_t n = w.clock.size() / 2;
+  for (size_t k = 0; k < n; ++k) w.clock[n + k] = std::max(w.clock[n + k], w.clock[k]);
+  ++w.clock[number(w)];
+}
 
 namespace {
 
@@ -88,6 +96,23 @@ void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int 
     const bool several = place->clock && place->warp == mine.warp && place->lane != mine.lane && place->epoch == mine.epoch;
     *place = mine;
     if (several) place->lane = 255;
+  }
+}
+
+void not_generic(Warp& w, const Instr& i, int lane, uint64_t address, int bytes) {
+  static const bool strict = std::getenv("GPUSIM_STRICT") != nullptr;
+  if (!enabled() || strict) return;
+  const SharedPlace place = shared_place(w, i, lane, address, bytes);
+  for (int at = 0; at < bytes; at += 2) place.cta->shadow->unit(place.offset + static_cast<uint32_t>(at)).generic_write = false;
+}
+
+void async_read(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes) {
+  if (!enabled()) return;
+  for (uint32_t at = offset; at < offset + static_cast<uint32_t>(bytes); at += 2) {
+    const SharedShadow::Unit& u = owner.shadow->unit(at);
+    check(w, i, lane, u, at, false, false);
+    if (u.generic_write && u.write.clock && w.clock[w.clock.size() / 2 + u.write.warp] < u.write.clock)
+      fail(w, i, lane, "shared memory at " + std::to_string(at) + " is read asynchronously without fence.proxy.async after a " + describe(w, u.write, "write"));
   }
 }
 

@@ -19,7 +19,7 @@ class SharedShadow {
   struct Unit {
     ShadowEntry write, reads[4];
     bool atomic = false;         // the last write was one
-    bool generic_write = false;  // by ordinary stores, with no fence to the asynchronous proxy since (async/fence)
+    bool generic_write = false;  // by ordinary stores
   };
   Unit& unit(uint32_t offset) { return units_[offset / 2]; }
   size_t units() const { return units_.size(); }
@@ -37,6 +37,12 @@ void release(Warp& w, std::vector<uint32_t>* into);        // what the warp did 
 void acquire(Warp& w, const std::vector<uint32_t>& from);
 void lanes_synchronised(Warp& w);
 void fence(Warp& w);
+// fence.proxy.async: what the warp knows of was written becomes visible to asynchronous reads that know of the fence.
+void proxy_fence(Warp& w);
+// cp.async writes through the asynchronous machinery: no fence is asked for. GPUSIM_STRICT=1 asks for one.
+void not_generic(Warp& w, const Instr& i, int lane, uint64_t address, int bytes);
+// An asynchronous read (TMA store, wgmma): ordered after the writes, and with a fence between if those were ordinary stores.
+void async_read(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes);
 void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes, Access access);
 // An asynchronous write is about to be issued: everything that was done to these bytes must be known to the issuing warp.
 void async_write(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes);

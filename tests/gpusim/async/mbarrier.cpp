@@ -1,0 +1,137 @@
+// mbarrier objects and fences. PTX ISA 9.7.13.15.9 to .18 (mbarrier.*), 9.7.13.4 (fence, fence.proxy).
+// The object's state is kept beside shared memory; its 8 bytes only name it.
+#include "../exec/access.h"
+#include "../exec/decoder.h"
+#include "../exec/race.h"
+#include "queue.h"
+
+namespace gpusim {
+namespace {
+
+AsyncQueue& queue(Warp& w) { return *w.cta->cluster->async; }
+
+AsyncQueue::Key key_of(Warp& w, const Instr& i, int lane, uint64_t address) {
+  if (address % 8) fail(w, i, lane, "an mbarrier is not aligned to 8 bytes");
+  const SharedPlace place = shared_place(w, i, lane, address, 8);
+  return AsyncQueue::key(*place.cta, place.offset);
+}
+AsyncQueue::Key existing(Warp& w, const Instr& i, int lane) {
+  const auto key = key_of(w, i, lane, w.address(i, i.a, lane));
+  if (!queue(w).barriers.count(key)) fail(w, i, lane, "an mbarrier is used before mbarrier.init");
+  return key;
+}
+
+Flow init(Warp& w, const Instr& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    MBarrier b;
+    b.pending = b.initial = static_cast<int32_t>(w.reg<uint32_t>(i.b)[l]);
+    queue(w).barriers[key_of(w, i, l, w.address(i, i.a, l))] = b;
+  });
+  ++w.cta->cluster->launch->progress;
+  return Flow::kNext;
+}
+Flow invalidate(Warp& w, const Instr& i, Mask m) {
+  for_lanes(m, [&](int l) { queue(w).barriers.erase(existing(w, i, l)); });
+  return Flow::kNext;
+}
+
+enum ArriveFlags : uint8_t { kExpect = 1, kHasCount = 2, kNoArrive = 4, kComplete = 8, kDrop = 16 };
+
+// b: count, or bytes with expect_tx. d: the state, whose only content here is the phase.
+Flow arrive(Warp& w, const Instr& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    const auto key = existing(w, i, l);
+    MBarrier& b = queue(w).barriers[key];
+    const uint32_t value = i.flags & (kHasCount | kExpect) ? w.reg<uint32_t>(i.b)[l] : 1;
+    if (i.d) w.reg<uint64_t>(i.d)[l] = b.phase;
+    if (i.flags & kComplete) return queue(w).arrive(key, 0, value);
+    if (i.flags & kExpect) b.bytes += value;
+    if (i.flags & kNoArrive) return;
+    const int count = i.flags & kExpect ? 1 : static_cast<int>(value);
+    if (count > b.pending) fail(w, i, l, "more arrivals at an mbarrier than its phase expects");
+    if (i.flags & kDrop) b.initial -= count;
+    race::release(w, &b.clock);
+    queue(w).arrive(key, count, 0);
+  });
+  ++w.cta->cluster->launch->progress;
+  return Flow::kNext;
+}
+
+// try_wait and test_wait: d = whether the phase named by parity or state has ended.
+Flow wait(Warp& w, const Instr& i, Mask m) {
+  Mask done = 0;
+  const auto test = [&](int l) {
+    const MBarrier& b = queue(w).barriers[existing(w, i, l)];
+    if (i.flags) return (b.phase & 1) != w.reg<uint32_t>(i.b)[l];  // parity
+    return b.phase != static_cast<uint32_t>(w.reg<uint64_t>(i.b)[l]);
+  };
+  for_lanes(m, [&](int l) {
+    if (!test(l)) {
+      queue(w).perform(existing(w, i, l));
+      if (!test(l)) return;
+    }
+    done |= 1u << l;
+    race::acquire(w, queue(w).barriers[existing(w, i, l)].released);
+  });
+  w.pred(i.d) = (w.pred(i.d) & ~m) | done;
+  if (done == m) return Flow::kNext;
+  w.now->why = "an mbarrier";
+  ++w.cta->cluster->launch->counters.barrier_waits;
+  return Flow::kYield;
+}
+
+void decode_mbarrier(Decoder& d, const Statement& s, Instr& i) {
+  const std::string& op = s.words[1];
+  i.whole = true;
+  if (op == "init") {
+    d.address(s.operands[0], i);
+    i.b = d.source(s.operands[1], kU32);
+    i.exec = init;
+  } else if (op == "inval") {
+    d.address(s.operands[0], i);
+    i.exec = invalidate;
+  } else if (op == "try_wait" || op == "test_wait") {
+    i.d = d.destination(s.operands[0]);
+    d.address(s.operands[1], i);
+    i.flags = s.has("parity");
+    i.b = d.source(s.operands[2], i.flags ? kU32 : kU64);
+    i.exec = wait;
+  } else if (op == "arrive" || op == "arrive_drop" || op == "expect_tx" || op == "complete_tx") {
+    size_t at = 0;
+    if (s.operands[0][0] != '[') {
+      if (s.operands[0] != "_") i.d = d.destination(s.operands[0]);
+      at = 1;
+    }
+    d.address(s.operands[at], i);
+    if (at + 1 < s.operands.size()) {
+      i.b = d.source(s.operands[at + 1], kU32);
+      i.flags |= kHasCount;
+    }
+    if (s.has("expect_tx")) i.flags |= kExpect;
+    if (op == "expect_tx") i.flags |= kNoArrive;
+    if (op == "complete_tx") i.flags |= kComplete;
+    if (op == "arrive_drop") i.flags |= kDrop;
+    if (!s.has("noComplete")) i.exec = arrive;
+  }
+}
+
+Flow proxy_fence(Warp& w, const Instr&, Mask) {
+  race::proxy_fence(w);
+  return Flow::kNext;
+}
+Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
+void decode_fence(Decoder& d, const Statement& s, Instr& i) {
+  if (s.has("proxy") && s.has("async")) {
+    i.exec = proxy_fence;
+  } else if (s.has("tensormap::generic") && s.has("acquire")) {
+    d.address(s.operands[0], i);
+    i.exec = nothing;  // replaced by async/tensor_map when descriptors are cached
+  } else {
+    i.exec = nothing;
+  }
+}
+
+const Opcodes opcodes{{"mbarrier", decode_mbarrier}, {"fence", decode_fence}};
+
+}  // namespace
+}  // namespace gpusim
