@@ -112,7 +112,7 @@ def report(data: dict[str, Any]) -> str:
             f"{m['cpu']}, {m['cores']} cores ({', '.join(m['instruction_sets'])}), {m['memory_gib']} GiB; torch {m['torch']}, "
             f"bitsandbytes {m['bitsandbytes']}. {sizes}.",
             "A forward and a backward of one frozen expert layer in NF4 with double quantization. Ratios above 1: moe_ext is better.\n",
-            "Milliseconds: median [20th-80th percentile] of calls that take turns.\n",
+            f"Milliseconds: median [20th-80th percentile] of calls that take turns. Load average when the run began: {m['load_before']}.\n",
             markdown_table(HEADER, [table_row(row, "ms") for row in rows]),
             "Memory, MiB: tensors alive at the peak of a step beyond those before it, by PyTorch's profiler. What a cache keeps is not",
             "in it: of an expert that has had tokens, its dense weights and a copy of the packed ones.\n",

@@ -192,7 +192,7 @@ def report(data: dict[str, Any]) -> str:
         [
             "# LoRA on experts\n",
             f"{m['cpu']}, {m['cores']} cores ({', '.join(m['instruction_sets'])}), {m['memory_gib']} GiB; torch {m['torch']}, "
-            f"transformers {m['transformers']}, peft {m['peft']}. {sizes}.",
+            f"transformers {m['transformers']}, peft {m['peft']}; load average before the run {m['load_before']}. {sizes}.",
             "A forward and a backward of one expert layer, adapters on all projections, experts frozen. Ratios above 1: ours is better.\n",
             "Milliseconds: median [20th-80th percentile] of calls that take turns.\n",
             markdown_table(HEADER, [table_row(row, "ms") for row in rows]),

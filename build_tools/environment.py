@@ -16,6 +16,10 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from build_tools.toolchain import wants_cuda  # noqa: E402
+
+CUTLASS = ("nvidia-cutlass", "4.2.0.0")
 TORCH = "2.13.0"  # what is installed where there is none; the libraries run in any torch >= 2.10
 IMPORT_TORCH = "import torch; v = torch.__version__; assert tuple(map(int, v.split('.')[:2])) >= (2, 10), v; print(v)"
 READ_TORCH = "from importlib.metadata import version; print(version('torch'))"
@@ -108,6 +112,20 @@ class Environment:
         self.pip("-c", str(pinned), *(part for f in requirements for part in ("-r", str(f))))
         self.mark_done("install", digest)
 
+    def install_cutlass(self) -> None:
+        """Its headers, and nothing else of the package (third_party/README.md): its own requirements serve its Python part."""
+        if not wants_cuda(os.environ) or os.environ.get("CUTLASS_PATH") or (ROOT / "third_party" / "cutlass").is_dir():
+            return
+        looked = subprocess.run(
+            [str(self.python), "-c", f"from importlib.metadata import version; print(version('{CUTLASS[0]}'))"],
+            capture_output=True,
+            text=True,
+            cwd="/",
+        )
+        if looked.stdout.strip() != CUTLASS[1]:
+            say(f"installing the headers of CUTLASS {CUTLASS[1]}")
+            self.pip("--no-deps", "==".join(CUTLASS))
+
     def build(self) -> None:
         """Builds in place and installs the source folder itself, so that edits of Python files need no further step."""
         native = sorted(p for folder in ("csrc", "build_tools") for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES)
@@ -115,6 +133,7 @@ class Environment:
         digest = digest_of([ROOT / "setup.py", ROOT / "pyproject.toml", *native]) + settings + torch_of(self.python)
         if self.is_done("build", digest) and (ROOT / "moe_ext" / "libmoe_cpu.so").exists():
             return
+        self.install_cutlass()
         self.run("setup.py", "--quiet", "build_ext", "--inplace")  # by itself first, because pip would hide the plan and the progress
         self.pip("--no-build-isolation", "--no-deps", "-e", str(ROOT))
         self.mark_done("build", digest)

@@ -18,7 +18,7 @@ from .toolchain import BuildError, Compiler, Cuda, Cutlass, Torch
 
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 X86_ISAS = ("avx512bf16", "avx512", "avx2", "generic")  # best first: the order in which the library tries them
-GIB_PER_NVCC = 5  # peak memory of one translation unit of CUTLASS kernels
+GIB_PER_NVCC = 6  # peak memory of one translation unit of CUTLASS kernels
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from . import prove as proofs
-from .integrations import detect, patch, stacked
+from .experts import ExpertWeights
+from .integrations import bitsandbytes, detect, module_list, patch, stacked
 from .integrations.fallback import DISABLE_VARIABLE, disabled_by_environment
 from .report import BlockReport, EnableError, EnableReport, NoExpertsFound
 
@@ -43,22 +44,28 @@ def register() -> None:
     stacked.register()
 
 
-def enable(model: nn.Module, strict: bool = False, prove: bool = True) -> EnableReport:
+def enable(
+    model: nn.Module, strict: bool = False, prove: bool = True, quantized: Literal["recompute", "cache"] = "recompute"
+) -> EnableReport:
     """Makes `moe_ext` compute the experts of `model`, in place; returns what was done, block by block.
 
     prove: first run old and new on a few random tokens, forward and backward; a block that does not agree by the error rule
     (`moe_ext.testing`) is skipped with the figures in its reason. prove=False spares that for experts behind transformers' decorator,
     whose flags say their layout; of all others nothing is known without it.
+    quantized: what is done with 4-bit experts: "recompute" dequantizes, at each forward and backward, those that have tokens, into a
+    bounded workspace; "cache" keeps dense copies of all that have had tokens, as long as the packed bytes stay what they were.
     strict: raise EnableError, which holds the report, when any set of experts would be skipped; the model is then as it was.
 
     Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
     in the environment nothing is done, and the report says so. Calling it again examines and proves again.
     """
     with _ONE_AT_A_TIME:
-        return _enable(model, strict, prove)
+        return _enable(model, strict, prove, quantized)
 
 
-def _enable(model: nn.Module, strict: bool, prove: bool) -> EnableReport:
+def _enable(model: nn.Module, strict: bool, prove: bool, quantized: str) -> EnableReport:
+    if quantized not in ("recompute", "cache"):
+        raise ValueError(f"quantized={quantized!r} is neither 'recompute' nor 'cache'")
     begin = time.perf_counter()
     candidates = _examine(model)
     report = EnableReport(type(model).__name__, [c.report for c in candidates])
@@ -69,7 +76,8 @@ def _enable(model: nn.Module, strict: bool, prove: bool) -> EnableReport:
             c.report.path, c.report.enabled = "original", False
         return report
     _require_experts(model, candidates)
-    _plan(candidates, prove)
+    _plan(candidates, prove, quantized)
+    report.note = _note(model, candidates)
     for c in candidates:
         c.report.path = "original" if c.report.reason is not None else c.report.path
     report.seconds = time.perf_counter() - begin
@@ -151,7 +159,7 @@ def _is_enabled(found: detect.Found) -> bool:
     )
 
 
-def _plan(candidates: list[_Candidate], prove: bool) -> None:
+def _plan(candidates: list[_Candidate], prove: bool, quantized: str) -> None:
     """Fills in plan or cuts, figures of the proof, and the reason if it fails. What held for one module is tried first on the next."""
     known: dict[type, list[patch.Cut]] = {}
     for c in candidates:
@@ -165,8 +173,25 @@ def _plan(candidates: list[_Candidate], prove: bool) -> None:
             c.cuts, proof = proofs.search_and_prove(found, known.get(type(found.module)))
             known[type(found.module)] = c.cuts or known.get(type(found.module), [])
             if c.cuts:
-                c.report.path = "composed" if any(cut.path == "composed" for cut in c.cuts) else "fused"
+                c.report.path = "composed" if any(cut.path == "composed" or not _fusable(cut, found.module) for cut in c.cuts) else "fused"
+            for cut in c.cuts:
+                if quantized == "cache" and isinstance(cut, patch.Experts) and isinstance(cut.reader, module_list.Listed):
+                    cut.reader.cache = bitsandbytes.DenseCache()
         c.report.figures, c.report.reason = proof.figures, proof.reason
+
+
+def _fusable(cut: patch.Cut, module: nn.Module) -> bool:
+    weights = cut.reader.read(module) if isinstance(cut, patch.Experts) else None
+    return isinstance(weights, ExpertWeights) and weights.fusable
+
+
+def _note(model: nn.Module, candidates: list[_Candidate]) -> str | None:
+    """What a user of a 4-bit model should know about its stacked experts; one sentence for all that are alike."""
+    for c in candidates:
+        note = bitsandbytes.stacked_note(model, c.found.module)
+        if c.found.kind != "listed" and note is not None:
+            return f"{c.found.name}: {note}"
+    return None
 
 
 def _apply(candidates: list[_Candidate]) -> None:

@@ -386,6 +386,15 @@ def _use_usual_layout(linear: nn.Module) -> None:
     linear._parameters["weight"] = type(weight)(data, quant_state=usual, bnb_quantized=True)
 
 
+def example(root: nn.Module) -> Tensor | None:
+    """An empty tensor of the dtype and on the device that the first `Linear4bit` below `root` was made from."""
+    for m in root.modules():
+        state = getattr(m._parameters.get("weight"), "quant_state", None) if is_quantized(m) else None
+        if state is not None:
+            return torch.empty(0, dtype=state.dtype, device=m._parameters["weight"].device)  # type: ignore[union-attr]
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------------------- stacked experts
 def stacked_note(model: nn.Module, module: nn.Module) -> str | None:
     """What a user of a 4-bit model should know about the stacked experts `module`; None when there is nothing to say."""

@@ -268,8 +268,10 @@ def _hook_reason(container: nn.Module) -> str | None:
 
 def _differs(first: nn.Module, other: nn.Module) -> str | None:
     """The part or the number in which two experts of one class differ; whole numbers may count them."""
-    for (name, a), (_, b) in zip(first.named_modules(), other.named_modules(), strict=False):
-        if type(a) is not type(b):
+    layers = linears(first) or {}
+    parts = [("", first, other), *((n, first._modules[n], other._modules.get(n)) for n in first._modules if n not in layers)]
+    for name, a, b in parts:
+        if a is None or b is None or type(a) is not type(b):
             return name
         for key, value in vars(a).items():
             if isinstance(value, (bool, float, str)) and key != "training" and vars(b).get(key) != value:

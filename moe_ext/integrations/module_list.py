@@ -40,6 +40,8 @@ class Listed:
     _snapshot: _Snapshot | None = field(default=None, repr=False, compare=False)
 
     layout = "module list"
+    #: Dense copies of 4-bit weights, where the user wants them kept between calls.
+    cache: bitsandbytes.DenseCache | None = field(default=None, repr=False, compare=False)
 
     def read(self, module: nn.Module, like: Tensor | None = None) -> ExpertWeights | str:
         """The tensors of the experts at this moment, or the reason why they must be left to the module's own code."""
@@ -65,7 +67,7 @@ class Listed:
             if not compiling:
                 self._snapshot = _Snapshot(container, found)
             return _plain(found, like)
-        return _with_projections(found, like)
+        return _with_projections(found, like, self.cache)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_snapshot": None}  # a copy has modules of its own
@@ -145,12 +147,12 @@ def _present(biases: Sequence[list[Any] | None]) -> list[Any]:
     return [None if found is None or found[0] is None else found for found in biases]
 
 
-def _with_projections(found: _Linears, like: Tensor | None) -> ExpertWeights | str:
+def _with_projections(found: _Linears, like: Tensor | None, cache: bitsandbytes.DenseCache | None) -> ExpertWeights | str:
     """Weights with adapters on them, in 4 bit, or both, each projection by itself."""
     weights: list[Any] = []
     biases: list[Any] = []
     for linears in found:
-        one = (None, None) if linears is None else _projection(linears, like)
+        one = (None, None) if linears is None else _projection(linears, like, cache)
         if isinstance(one, str):
             return one
         weights.append(one[0])
@@ -158,14 +160,14 @@ def _with_projections(found: _Linears, like: Tensor | None) -> ExpertWeights | s
     return _expert_weights(weights, biases)
 
 
-def _projection(linears: list[nn.Module], like: Tensor | None) -> tuple[Any, Any] | str:
+def _projection(linears: list[nn.Module], like: Tensor | None, cache: bitsandbytes.DenseCache | None) -> tuple[Any, Any] | str:
     unwrapped = peft.unwrap(linears)
     if isinstance(unwrapped, str):
         return unwrapped
     base, adapters = unwrapped
     weight: Any
     if any(bitsandbytes.is_quantized(m) for m in base):
-        weight = bitsandbytes.read(base, like)
+        weight = bitsandbytes.read(base, like, cache)
         if isinstance(weight, str):
             return weight
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loops, module_list, parameters
+from . import bitsandbytes, loops, module_list, parameters
 from .detect import Found, linears
 from .formulas import Formula, plain_candidates
 from .module_list import PROJECTION_NAMES, Listed
@@ -236,6 +236,7 @@ def _tokens(found: Found, hidden: int, tokens: int) -> Tensor:
     assert found.owner is not None
     experts = module_list.container_of(found.module, found.container)
     p = next((p for m in (experts, found.owner) for p in m.parameters() if p.is_floating_point()), None)
+    p = p if p is not None else bitsandbytes.example(experts)
     if p is None:
         raise NotFound("it has no floating-point parameter")
     generator = torch.Generator("cpu").manual_seed(0)

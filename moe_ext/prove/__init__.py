@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
-from ..integrations import search, stacked
+from ..integrations import bitsandbytes, search, stacked
 from ..integrations.detect import Found, grouped_linears
 from ..integrations.parameters import is_meta
 from ..integrations.patch import Cut, Experts
@@ -90,7 +90,8 @@ def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], P
     assert found.owner is not None or found.kind == "linear"
     if any(p.is_meta for p in found.module.parameters()):
         return [], Proof(META)
-    with undisturbed(found.owner or found.module):
+    around = found.owner or found.module
+    with undisturbed(around), bitsandbytes.undisturbed(around):
         if found.kind == "linear":
             return prove_linears(found)
         cuts, proof = _search(found, hint)

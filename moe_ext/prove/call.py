@@ -16,7 +16,7 @@ from ..integrations.detect import Found
 from ..integrations.patch import Experts, Linear, offsets
 from ..integrations.quiet import frozen, replaced, same_random
 from ..integrations.routing import Routing
-from .rule import Proof, Results, count_of, detached, enlarged, gradients, judge, normal, sizes_of, zeros_for_none
+from .rule import Proof, Results, count_of, detached, enlarged, gradients, judge, normal, plain_in, sizes_of, zeros_for_none
 
 
 def prove_call(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
@@ -42,8 +42,11 @@ def prove_call(found: Found, cut: Experts, place: search.Place, weights: ExpertW
             return {"output": out}
         return {"output": out} | zeros_for_none(leaves, list(inputs.values()), gradients(out, list(inputs.values()), grad))
 
+    in_plain = plain_in(weights, spec)
+
     def formula(v: Mapping[str, Any]) -> Tensor:
-        return cut.compute(module, weights, reference.grouped_experts, v)
+        exact = v[cut.routing.hidden_states].dtype == torch.float64 and like.dtype != torch.float64
+        return cut.compute(module, weights, reference.grouped_experts if exact else in_plain, v)
 
     def own(v: Mapping[str, Any]) -> Tensor:
         with same_random(), standins:

@@ -15,7 +15,7 @@ from ..integrations import search
 from ..integrations.detect import Found
 from ..integrations.patch import Experts, Refusal
 from ..integrations.quiet import frozen, replaced, same_random
-from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, sizes_of, subset
+from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, plain_in, sizes_of, subset
 
 
 def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
@@ -46,6 +46,8 @@ class _Block:
         self.standins = frozen(self.block)
         self.rest = (None,) * place.nones
         like, self.hidden, inner = sizes_of(subset(weights, [0]), cut.formula.spec)
+        self.plain = plain_in(weights, cut.formula.spec)
+        like = place.values[cut.routing.hidden_states]
         self.terms = self.hidden + inner
         self.experts = weights.num_experts
         x = _related_tokens(self.hidden, count_of(inner), like)
@@ -59,7 +61,7 @@ class _Block:
             return Proof(
                 "its formula is another than the one detected: beside the hidden states its own code returns, keeps or draws other things"
             )
-        plain = self._run(x, names, backward, self._through(reference.grouped_experts))[1]
+        plain = self._run(x, names, backward, self._through(self.plain))[1]
         truth = self._run(x, names, backward, self._through(_exact))[1]
         outside = [n for n in truth if n.removeprefix("gradient of ") in {n for n in names if not _is_of(self.found, n)}]
         exact_results = _together(truth, outside, truth, torch.float64)

@@ -99,6 +99,17 @@ def zeros_for_none(names: Sequence[str], tensors: Sequence[Tensor], grads: Seque
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the weights
+def plain_in(weights: ExpertWeights, spec: ExpertSpec) -> Compute:
+    """The formula in PyTorch in the lower precision of hidden states and weights: those of 4-bit experts are computed in their own."""
+    dtype = sizes_of(subset(weights, [0]), spec)[0].dtype
+
+    def compute(x: Tensor, index: Tensor, w: Tensor, some: ExpertWeights, spec: ExpertSpec) -> Tensor:
+        lower = min(x.dtype, dtype, key=lambda d: -torch.finfo(d).eps)
+        return reference.grouped_experts(x.to(lower), index, w.to(lower), some, spec).to(x.dtype)
+
+    return compute
+
+
 def prove_weights(weights: ExpertWeights, spec: ExpertSpec, trainable: bool) -> Proof:
     """New against the formula alone, on a copy of the active experts: output and all gradients. Through the whole of the weights they
     would cost its size, and the model's own loop's quadratically in the number of experts.

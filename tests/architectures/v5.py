@@ -225,7 +225,7 @@ ARCHITECTURES: list[Architecture] = [
     lm("mistral4", "Mistral4", blocks=1),
     text("mistral_large4_text", "MistralLarge4"),
     lm("mixtral", "Mixtral"),
-    text("muse_spark_text", "MuseSpark", path="composed", moe_hidden_size=16, qk_scale_factor=1.0),
+    text("muse_spark_text", "MuseSpark", path="composed", moe_hidden_size=48, qk_scale_factor=1.0),
     lm("nemotron_h", "NemotronH", **NEMOTRON),
     lm("nemotron_h_latent", "NemotronH", package="nemotron_h", moe_latent_size=16, **NEMOTRON),
     entry(

@@ -119,13 +119,17 @@ Flow proxy_fence(Warp& w, const Instr&, Mask) {
   race::proxy_fence(w);
   return Flow::kNext;
 }
+Flow map_fence(Warp& w, const Instr& i, Mask m) {
+  for_lanes(m, [&](int l) { queue(w).forget_descriptor(*w.cta, w.address(i, i.a, l)); });
+  return Flow::kNext;
+}
 Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
 void decode_fence(Decoder& d, const Statement& s, Instr& i) {
   if (s.has("proxy") && s.has("async")) {
     i.exec = proxy_fence;
   } else if (s.has("tensormap::generic") && s.has("acquire")) {
     d.address(s.operands[0], i);
-    i.exec = nothing;  // replaced by async/tensor_map when descriptors are cached
+    i.exec = map_fence;
   } else {
     i.exec = nothing;
   }

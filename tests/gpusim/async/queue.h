@@ -64,6 +64,17 @@ class AsyncQueue {
   std::unordered_map<Key, MBarrier> barriers;
   void arrive(Key key, int count, int64_t bytes);  // and ends the phase when that was the last
   AsyncState& state(Warp& w);
+  // The 128 bytes of a tensor map as this CTA has cached them: read once, and again after fence.proxy.tensormap.
+  template <class Read>
+  const uint8_t* descriptor(const Cta& cta, uint64_t address, const Read& read) {
+    auto& cached = descriptors_[{cta.rank, address}];
+    if (cached.empty()) {
+      const uint8_t* bytes = read();
+      cached.assign(bytes, bytes + 128);
+    }
+    return cached.data();
+  }
+  void forget_descriptor(const Cta& cta, uint64_t address) { descriptors_.erase({cta.rank, address}); }
 
  private:
   struct Pending {
@@ -73,6 +84,7 @@ class AsyncQueue {
   void run(size_t at);
   Cluster& cluster_;
   std::vector<Pending> pending_;
+  std::map<std::pair<int, uint64_t>, std::vector<uint8_t>> descriptors_;
   std::unordered_map<const Warp*, std::unique_ptr<AsyncState>> states_;
   std::mt19937 random_;
   bool early_ = false, seeded_ = false;

@@ -1,0 +1,105 @@
+"""Registers, spills and tensor-core instructions of the CUDA kernels of the last build are those that were recorded."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+kernel_resources = pytest.importorskip("build_tools.kernel_resources", reason="build_tools is not beside the tests")
+
+needs_cplusplus = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt to read kernel names with")
+
+CUTLASS_NAME = (
+    "_ZN7cutlass13device_kernelINS_4gemm6kernelMMA_AtomIJNS5_4SM904GMMA28MMA_64x256x16_F32BF16BF16_SS"
+    "ILNST_5MajorE0ELSV_1ELNST_7ScaleInE1ELSW_1EEE"
+)
+OWN_NAME = "_ZN3moe4cuda39_GLOBAL__N__79a91ce4_7_sort_cu_95d7502811sort_kernelIiEEvNS_10SortParamsENS0_8SortPlanE"
+REPORT = """\
+ptxas info    : Compiling entry function '{}' for 'sm_90a'
+ptxas info    : Function properties for {}
+    0 bytes stack frame, {} bytes spill stores, {} bytes spill loads
+ptxas info    : Used {} registers, used 1 barriers
+"""
+LISTING = """
+	code for sm_90a
+		Function : {}
+        /*3e70*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], RZ, !UPT ;
+        /*3e80*/              @!P0 UTMALDG.2D [UR4], [UR6] ;
+        /*3e90*/                   EXIT ;
+"""
+
+
+def table() -> object:
+    return kernel_resources.Table("13.0.88")
+
+
+def test_a_report_is_read() -> None:
+    built = table()
+    log = REPORT.format(CUTLASS_NAME, CUTLASS_NAME, 4, 8, 168)
+    kernel_resources.read_report(log, "grouped_mm_bf16_sm90", built)
+    kernel_resources.read_instructions(LISTING.format(CUTLASS_NAME), "grouped_mm_bf16_sm90", built)
+    (key,) = built.lines
+    assert key == ("grouped_mm_bf16_sm90", "wgmma<bf16,64x256x16,K,MN>", "sm_90a")
+    assert (built.lines[key].registers, built.lines[key].spilled) == (168, 12)
+    assert built.lines[key].instructions == Counter(HGMMA=1, UTMALDG=1)
+
+
+@needs_cplusplus
+def test_instances_of_a_small_kernel_share_a_line() -> None:
+    built = table()
+    log = "".join(REPORT.format(n, n, 0, 0, r) for n, r in ((OWN_NAME, 30), (OWN_NAME.replace("Ii", "Il"), 32)))
+    kernel_resources.read_report(log, "sort", built)
+    assert {key: line.registers for key, line in built.lines.items()} == {("sort", "sort_kernel", "sm_90a"): 32}
+
+
+def test_differences_are_named(tmp_path: Path) -> None:
+    built = table()
+    kernel_resources.read_report(REPORT.format(CUTLASS_NAME, CUTLASS_NAME, 0, 0, 168), "grouped_mm", built)
+    path = tmp_path / "resources.txt"
+    path.write_text(str(built))
+    recorded = kernel_resources.read_record(path)
+    assert recorded.nvcc == "13.0.88" and kernel_resources.differences(built, recorded) == []
+    (line,) = built.lines.values()
+    line.registers, line.instructions = 200, Counter(HGMMA=8)
+    (difference,) = kernel_resources.differences(built, recorded)  # instructions were not known then
+    assert "200 registers" in difference and "recorded 168" in difference
+    path.write_text(str(built))
+    line.instructions = Counter(HMMA=8)
+    assert kernel_resources.differences(built, kernel_resources.read_record(path)) == [
+        "grouped_mm wgmma<bf16,64x256x16,K,MN> sm_90a: HMMA:8; recorded HGMMA:8"
+    ]
+    assert "built but not recorded" in kernel_resources.differences(built, table())[0]
+    assert "recorded but not built" in kernel_resources.differences(table(), built)[0]
+
+
+@pytest.mark.skipif(not kernel_resources.RECORD.exists(), reason="the C++ sources are not beside the tests")
+def test_every_gemm_kernel_is_recorded_with_its_instructions() -> None:
+    for (source, kernel, target), line in kernel_resources.read_record().lines.items():
+        name = f"{source} {kernel} {target}"
+        assert line.spilled == 0 or not source.startswith("grouped_mm"), name
+        if kernel.startswith("wgmma"):
+            assert line.instructions["HGMMA"] and line.instructions["UTMALDG"] and line.instructions["UTMASTG"], name
+        elif kernel.startswith("mma_kernel"):
+            assert line.instructions["HMMA"] and line.instructions["LDSM"], name
+            assert bool(line.instructions["LDGSTS"]) == kernel.endswith("true>"), name  # the others load element by element
+
+
+@needs_cplusplus
+def test_the_last_build_is_as_recorded() -> None:
+    if not list(kernel_resources.OBJECTS.glob("*.ptxas")):
+        pytest.skip("the CUDA kernels were not built here")
+    built, recorded = kernel_resources.read_build(), kernel_resources.read_record()
+    if built.nvcc != recorded.nvcc:
+        pytest.skip(f"recorded with nvcc {recorded.nvcc}, this is {built.nvcc}: another compiler, other registers")
+    targets = {key[2] for key in built.lines} & {key[2] for key in recorded.lines}  # of the architectures that were built
+    for table in (built, recorded):
+        table.lines = {key: line for key, line in table.lines.items() if key[2] in targets}
+    found = kernel_resources.differences(built, recorded)
+    assert found == [], "\n".join([*found, "when intended: python -m build_tools.kernel_resources --record"])
