@@ -128,7 +128,8 @@ def _examine(model: nn.Module) -> list[_Candidate]:
     for found in detect.find(model):
         report = BlockReport(found.name, type(found.module).__name__, found.layout, reason=found.reason)
         if found.reason is None:
-            report.path = found.formula.path if found.formula is not None else "composed" if found.kind == "linear" else "fused"
+            fused = found.kind != "linear" and not found.adapted and (found.formula is None or found.formula.path == "fused")
+            report.path = "fused" if fused else "composed"
             report.enabled = _is_enabled(found)
         candidates.append(_Candidate(found, report))
     _reject_shared_configs(candidates)

@@ -41,6 +41,7 @@ class Found:
     owner: nn.Module | None = None
     container: str = ""
     name: str = ""
+    adapted: bool = False  # an adapter is around it
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -51,9 +52,13 @@ def find(model: nn.Module) -> list[Found]:
     for name, module in modules.items():
         if module in inside:
             continue
-        one = _examine(name, module, modules.get(name.rpartition(".")[0]) if name else None)
+        path, parent = name, None
+        while path and (parent is None or versions.is_wrapper(parent)):
+            path = path.rpartition(".")[0]
+            parent = modules[path]
+        one = _examine(name, module, parent)
         if one is not None:
-            one.name = name
+            one.name, one.adapted = name.replace(f".{versions.WRAPPED}", ""), name.endswith(f".{versions.WRAPPED}")
             found.append(one)
             inside.update(module.modules())
     return found

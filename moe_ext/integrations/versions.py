@@ -114,10 +114,14 @@ def set_experts_implementation(module: nn.Module, value: str | None) -> None:
     setattr(config, name, value)
 
 
+#: The name that PEFT's wrappers give to what they wrap.
+WRAPPED = "base_layer"
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether PEFT has put this module around another one: the other is its `base_layer`."""
     # Delete when PEFT no longer wraps modules whose parameters it targets.
-    return module._modules.get("base_layer") is not None
+    return module._modules.get(WRAPPED) is not None
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ of the block is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
+from ..experts import ExpertWeights
 from ..integrations import bitsandbytes, search, stacked
 from ..integrations.detect import Found, grouped_linears
 from ..integrations.parameters import is_meta
@@ -134,9 +136,13 @@ def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[li
 
 
 def _prove_place(found: Found, cut: Experts, place: search.Place, first: bool) -> Proof:
-    weights = cut.reader.read(found.module)
-    if isinstance(weights, str):
-        return Proof(weights)
+    # Where it cannot be read in one mode, as with adapters that drop out in training, its own code runs in that mode.
+    seen = {mode: _read(found, cut, mode) for mode in place.modes}
+    readable = tuple(mode for mode, weights in seen.items() if isinstance(weights, ExpertWeights))
+    if not readable:
+        return Proof(str(next(iter(seen.values()))))
+    weights, place = seen[readable[0]], replace(place, modes=readable)
+    assert isinstance(weights, ExpertWeights)
     prove = prove_loop if cut.loop is not None else prove_call
     proof = prove(found, cut, place, weights, first)
     if proof.reason is not None:
@@ -146,6 +152,11 @@ def _prove_place(found: Found, cut: Experts, place: search.Place, first: bool) -
         return proof
     more = prove_weights(detached(weights), cut.formula.resolve(found.module), trainable)
     return Proof(more.reason, proof.figures | more.figures)
+
+
+def _read(found: Found, cut: Experts, training: bool) -> ExpertWeights | str:
+    found.module.train(training)
+    return cut.reader.read(found.module)
 
 
 def prove_linears(found: Found) -> tuple[list[Cut], Proof]:
