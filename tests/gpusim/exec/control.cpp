@@ -49,9 +49,8 @@ Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
 void decode_nothing(Decoder&, const Statement&, Instr& i) { i.exec = nothing; }
 
 // ---- barriers of the CTA
-bool complete(Warp& w, Barrier& b, bool warps_exited) {
+bool complete(Warp& w, Barrier& b) {
   if (!b.arrived || b.arrived < b.expected) return false;
-  (void)warps_exited;
   b.result_count = b.reduced_count;
   b.result_all = b.reduced_all;
   b.result_any = b.reduced_any;
@@ -98,7 +97,7 @@ Flow barrier(Warp& w, const Instr& i, Mask m) {
     f.barrier_phase = b.phase;
     ++w.cta->cluster->launch->counters.barrier_waits;
     ++w.cta->cluster->launch->progress;
-    complete(w, b, false);
+    complete(w, b);
     if (i.flags & kArrive) {
       f.waiting = false;
       return Flow::kNext;
@@ -107,7 +106,7 @@ Flow barrier(Warp& w, const Instr& i, Mask m) {
   if (b.phase == f.barrier_phase) {
     if (!(i.flags & kHasCount)) {  // warps that exit are not waited for
       b.expected = static_cast<uint32_t>(w.cta->live_warps) * kLanes;
-      complete(w, b, true);
+      complete(w, b);
     }
     if (b.phase == f.barrier_phase) {
       f.why = "a barrier of its CTA";
@@ -190,11 +189,10 @@ Flow cluster_arrive(Warp& w, const Instr& i, Mask m) {
   for (const auto& cta : w.cta->cluster->ctas) living += static_cast<uint32_t>(cta->live_threads());
   b.expected = living;
   if (b.arrived > living) fail(w, i, lowest(m), "a thread arrives twice at the cluster barrier");
-  complete(w, b, false);
+  complete(w, b);
   return Flow::kNext;
 }
-Flow cluster_wait(Warp& w, const Instr& i, Mask m) {
-  (void)i;
+Flow cluster_wait(Warp& w, const Instr&, Mask m) {
   Fragment& f = *w.now;
   Barrier& b = w.cta->cluster->barrier;
   // A thread waits for the phase it arrived in. Its own arrivals and waits alternate, so counting its waits gives the phase.
@@ -204,7 +202,7 @@ Flow cluster_wait(Warp& w, const Instr& i, Mask m) {
     uint32_t living = 0;
     for (const auto& cta : w.cta->cluster->ctas) living += static_cast<uint32_t>(cta->live_threads());
     b.expected = living;
-    complete(w, b, true);
+    complete(w, b);
   }
   if (b.phase < wanted) {
     f.why = "the barrier of its cluster";

@@ -72,7 +72,6 @@ bool Warp::run(int budget) {
     for (const Fragment& f : fragments)
       if (&f != now && f.depth == now->depth && f.pc > now->pc) limit = std::min(limit, f.pc);
     const size_t count = fragments.size();
-    uint32_t before = now->pc;
     while (budget > 0) {
       const Instr& i = k.code[now->pc];
       Mask m = now->mask;
@@ -90,7 +89,6 @@ bool Warp::run(int budget) {
         }
       }
       ++counters.instructions;
-      before = now->pc;
       const Flow flow = i.exec(*this, i, m);
       if (flow == Flow::kNext) {
         ran = true;
@@ -105,7 +103,6 @@ bool Warp::run(int budget) {
         break;
       }
     }
-    (void)before;
   }
   if (!live && !fragments.empty()) {
     fragments.clear();

@@ -35,8 +35,9 @@ void Mutation::apply(std::string* statement) {
   if (action_ == "drop") {
     statement->clear();
   } else if (action_ == "true" || action_ == "false") {
-    const size_t begin = statement->find('%'), end = statement->find_first_of(",| ", begin);
-    *statement = "mov.pred " + statement->substr(begin, end - begin) + (action_ == "true" ? ", 1" : ", 0");
+    const size_t guard = (*statement)[0] == '@' ? statement->find(' ') + 1 : 0;
+    const size_t begin = statement->find_first_not_of(' ', statement->find(' ', guard)), end = statement->find_first_of(",| ", begin);
+    *statement = statement->substr(0, guard) + "mov.pred " + statement->substr(begin, end - begin) + (action_ == "true" ? ", 1" : ", 0");
   } else if (const size_t arrow = action_.find("=>"); arrow != std::string::npos) {
     const std::string from = action_.substr(0, arrow);
     if (const size_t at = statement->find(from); at != std::string::npos) statement->replace(at, from.size(), action_.substr(arrow + 2));
