@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import toolchain
-from .plan import read_jobs, uses_cutlass
+from .plan import read_jobs
 from .products import NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,16 +70,26 @@ def simulator_lines(lines: list[str]) -> None:
     lines += [f"build {FOLDER}/libgpusim.so: link {' '.join(objects)}", "  flags = -Wl,-soname,libgpusim.so -Wl,-z,defs -ldl"]
 
 
+def kernel_sources() -> list[Path]:
+    """Without CUTLASS, what needs it is left out; the library then chooses its other kernels, as for a device without wgmma."""
+    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+    try:
+        toolchain.find_cutlass(os.environ, ROOT)
+    except toolchain.BuildError:
+        sources = [s for s in sources if not s.stem.endswith("_sm90")]
+    return sources
+
+
 def cuda_flags(cuda: toolchain.Cuda, compiler: toolchain.Compiler) -> list[str]:
     flags = [*PTX_FLAGS, "-ccbin", compiler.program]
-    if uses_cutlass(ROOT):
+    if any(s.stem.endswith("_sm90") for s in kernel_sources()):
         flags += ["-diag-suppress", "2908", "-isystem", str(toolchain.find_cutlass(os.environ, ROOT).include)]
     return flags
 
 
 def kernel_lines(lines: list[str], cuda: toolchain.Cuda, compiler: toolchain.Compiler) -> None:
     objects = []
-    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+    sources = kernel_sources()
     families = [f"-DMOE_CUDA_{f.upper()}=1" for f in ("sm80", "sm90") if any(s.stem.endswith(f"_{f}") for s in sources)]
     for source in sources:
         output = FOLDER / f"{source.stem}.cu.o"
@@ -112,7 +122,8 @@ def build(kernels: bool = True) -> Libraries:
     command = [ninja, "-C", str(ROOT), "-f", str(FOLDER / "build.ninja"), f"-j{read_jobs(os.environ)}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise toolchain.BuildError(f"The simulator could not be built:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+        said = [line[:400] for line in (done.stdout + done.stderr).splitlines()]
+        raise toolchain.BuildError("The simulator could not be built:\n" + "\n".join(said[-40:]))
     return Libraries(ROOT / FOLDER / "libgpusim.so", ROOT / FOLDER / "libmoe_cuda_sim.so" if nvcc else None)
 
 
@@ -122,7 +133,19 @@ def compile_test(source: Path, output: Path, architecture: str = "90a", flags: t
     cuda, compiler = toolchain.find_cuda(os.environ), toolchain.find_compiler(os.environ)
     target = f"arch=compute_{architecture},code=compute_{architecture}"
     object_file = output.with_suffix(".o")
-    command = [str(cuda.nvcc), *PTX_FLAGS, "-ccbin", compiler.program, "-gencode", target, *flags, "-c", str(source), "-o", str(object_file)]
+    command = [
+        str(cuda.nvcc),
+        *PTX_FLAGS,
+        "-ccbin",
+        compiler.program,
+        "-gencode",
+        target,
+        *flags,
+        "-c",
+        str(source),
+        "-o",
+        str(object_file),
+    ]
     link = [*compiler.command, "-shared", str(object_file), "-o", str(output), f"-L{libraries.simulator.parent}", "-lgpusim"]
     link += [f"-Wl,-rpath,{libraries.simulator.parent}", "-Wl,-z,defs"]
     for step in (command, link):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_T89_auto_of_auto_is_one_auto(checkpoint: Path) -> None:
 def test_auto_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     original = moe_ext.enable
-    monkeypatch.setattr("moe_ext.auto.enable", lambda model, **options: seen.append(options) or original(model, **options))
+    monkeypatch.setattr(sys.modules["moe_ext.auto"], "enable", lambda model, **options: seen.append(options) or original(model, **options))
     auto(lambda: build("olmoe"), strict=True, prove=False)()
     auto(lambda: build("olmoe"))()
     assert seen == [{"strict": True, "prove": False}, {"strict": False, "prove": True}]

@@ -11,7 +11,7 @@ from torch import nn
 
 import moe_ext
 from moe_ext import functional
-from moe_ext.integrations import detect, quiet
+from moe_ext.integrations import quiet
 
 pytestmark = pytest.mark.tf4
 

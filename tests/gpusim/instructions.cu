@@ -98,8 +98,10 @@ __device__ __noinline__ int collatz(int n) {
 }
 __global__ void divergence(const int*, int* out, int) {
   int v = collatz(threadIdx.x + 1);
-  if (threadIdx.x % 3 == 0) v += 1000;
-  else if (threadIdx.x % 3 == 1) v -= __popc(__activemask());
+  if (threadIdx.x % 3 == 0)
+    v += 1000;
+  else if (threadIdx.x % 3 == 1)
+    v -= __popc(__activemask());
   out[threadIdx.x] = v;
 }
 // A spin lock taken by every lane of a warp: lanes must not starve one another.
@@ -135,11 +137,15 @@ __global__ void mma(const __nv_bfloat16* in, float* out, int) {
   uint32_t a[4], b[2];
   const auto at = [](const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); };
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at(A + (t % 16) * 16 + t / 16 * 8)));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(at(B + (t % 8) * 16 + t / 8 % 2 * 8)));
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(at(A + (t % 16) * 16 + t / 16 * 8)));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(at(B + (t % 8) * 16 + t / 8 % 2 * 8)));
   float c[4] = {};
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   for (int i = 0; i < 4; ++i) out[(t / 4 + 8 * (i / 2)) * 8 + t % 4 * 2 + i % 2] = c[i];
 }
 __global__ void transposed(const uint16_t* in, uint16_t* out, int) {
@@ -149,7 +155,9 @@ __global__ void transposed(const uint16_t* in, uint16_t* out, int) {
   A[t + 32] = in[t + 32];
   __syncwarp();
   uint32_t r;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(A + t % 8 * 8))));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(r)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(A + t % 8 * 8))));
   memcpy(out + t / 4 * 8 + t % 4 * 2, &r, 4);
 }
 __global__ void tf32(const float* in, float* out, int) {  // A: 16 x 8, B: 8 rows of k
@@ -160,7 +168,8 @@ __global__ void tf32(const float* in, float* out, int) {  // A: 16 x 8, B: 8 row
   for (int i = 0; i < 2; ++i) b[i] = __float_as_uint(in[128 + g * 8 + k + 4 * i]);
   float c[4] = {1, 1, 1, 1};
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   for (int i = 0; i < 4; ++i) out[(g + 8 * (i / 2)) * 8 + k * 2 + i % 2] = c[i];
 }
 
@@ -168,7 +177,8 @@ __global__ void tf32(const float* in, float* out, int) {  // A: 16 x 8, B: 8 row
 __global__ void copies(const uint8_t* in, uint8_t* out, int) {
   __shared__ __align__(16) uint8_t buffer[32 * 16];
   const int t = threadIdx.x, bytes = t % 5 * 4;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(buffer + 16 * t))), "l"(in + 16 * t), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(buffer + 16 * t))),
+               "l"(in + 16 * t), "r"(bytes));
   asm volatile("cp.async.commit_group;");
   asm volatile("cp.async.wait_group 0;");
   for (int i = 0; i < 16; ++i) out[16 * t + i] = buffer[16 * t + i];
@@ -176,70 +186,72 @@ __global__ void copies(const uint8_t* in, uint8_t* out, int) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 __device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ void init(uint64_t* bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count)); }
+__device__ void init(uint64_t* bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
+}
 __device__ void expect(uint64_t* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
 __device__ void wait(uint64_t* bar, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra END;\nbra LOOP;\nEND:\n}" ::"r"(shared_address(bar)),
-      "r"(parity) : "memory");
+      "{\n.reg .pred done;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra END;\nbra LOOP;\nEND:\n}" ::"r"(
+          shared_address(bar)),
+      "r"(parity)
+      : "memory");
 }
 #define GPUSIM_HOPPER(...) __VA_ARGS__
+#define GPUSIM_CLUSTER __cluster_dims__(4, 1, 1)
 #else
 #define GPUSIM_HOPPER(...)
+#define GPUSIM_CLUSTER
 #endif
 
 // ---- TMA: a 64 x 8 box (bf16, 128-byte swizzle) at column 40, row -2 of a 90 x 20 tensor; stored back at (8, 13) of another
 __global__ void tma(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, uint16_t* image) {
   GPUSIM_HOPPER(
-  __shared__ __align__(1024) uint16_t box[64 * 8]; __shared__ uint64_t bar;
-  if (threadIdx.x == 0) { init(&bar, 1); asm volatile("fence.mbarrier_init.release.cluster;"); }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    expect(&bar, 1024);
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(box)), "l"(&from),
-                 "r"(40), "r"(-2), "r"(shared_address(&bar)) : "memory");
-  }
-  wait(&bar, 0);
-  for (int i = threadIdx.x; i < 512; i += blockDim.x) image[i] = box[i];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    asm volatile("fence.proxy.async.shared::cta;");
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(8), "r"(13), "r"(shared_address(box)) : "memory");
-    asm volatile("cp.async.bulk.commit_group;");
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  })
+      __shared__ __align__(1024) uint16_t box[64 * 8]; __shared__ uint64_t bar; if (threadIdx.x == 0) {
+        init(&bar, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;");
+      } __syncthreads();
+      if (threadIdx.x == 0) {
+        expect(&bar, 1024);
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                         shared_address(box)),
+                     "l"(&from), "r"(40), "r"(-2), "r"(shared_address(&bar))
+                     : "memory");
+      } wait(&bar, 0);
+      for (int i = threadIdx.x; i < 512; i += blockDim.x) image[i] = box[i]; __syncthreads(); if (threadIdx.x == 0) {
+        asm volatile("fence.proxy.async.shared::cta;");
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(8), "r"(13),
+                     "r"(shared_address(box))
+                     : "memory");
+        asm volatile("cp.async.bulk.commit_group;");
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+      })
 }
 // ---- wgmma m64n8k16: A 64 x 16 and B 8 x 16, K-major without swizzle (8 x 8 cores of 128 bytes)
 __global__ void wgmma(const __nv_bfloat16* in, float* out, int) {
-  GPUSIM_HOPPER(
-  __shared__ __align__(1024) __nv_bfloat16 A[64 * 16]; __shared__ __align__(1024) __nv_bfloat16 B[8 * 16];
-  const int t = threadIdx.x;
-  for (int i = t; i < 64 * 16; i += 128) A[i / 16 / 8 * 128 + i % 16 / 8 * 64 + i / 16 % 8 * 8 + i % 8] = in[i];
-  B[t % 16 / 8 * 64 + t / 16 % 8 * 8 + t % 8] = in[1024 + t];
-  asm volatile("fence.proxy.async.shared::cta;");
-  __syncthreads();
-  const uint64_t leading = 128 >> 4; const uint64_t stride = 256 >> 4;
-  const uint64_t a = (shared_address(A) >> 4) | leading << 16 | stride << 32; const uint64_t b = (shared_address(B) >> 4) | leading << 16 | stride << 32;
-  float c[4] = {0.5f, 0.5f, 0.5f, 0.5f};
-  asm volatile("wgmma.fence.sync.aligned;");
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;\n}"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a), "l"(b));
-  asm volatile("wgmma.commit_group.sync.aligned;");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
-  for (int i = 0; i < 4; ++i) out[(t / 32 * 16 + t % 32 / 4 + 8 * (i / 2)) * 8 + t % 4 * 2 + i % 2] = c[i];)
+  GPUSIM_HOPPER(__shared__ __align__(1024) __nv_bfloat16 A[64 * 16]; __shared__ __align__(1024) __nv_bfloat16 B[8 * 16];
+                const int t = threadIdx.x;
+                for (int i = t; i < 64 * 16; i += 128) A[i / 16 / 8 * 128 + i % 16 / 8 * 64 + i / 16 % 8 * 8 + i % 8] = in[i];
+                B[t % 16 / 8 * 64 + t / 16 % 8 * 8 + t % 8] = in[1024 + t]; asm volatile("fence.proxy.async.shared::cta;"); __syncthreads();
+                const uint64_t leading = 128 >> 4; const uint64_t stride = 256 >> 4;
+                const uint64_t a = (shared_address(A) >> 4) | leading << 16 | stride << 32;
+                const uint64_t b = (shared_address(B) >> 4) | leading << 16 | stride << 32; float c[4] = {0.5f, 0.5f, 0.5f, 0.5f};
+                asm volatile("wgmma.fence.sync.aligned;");
+                asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, "
+                             "%3}, %4, %5, p, 1, 1, 0, 0;\n}" : "+f"(c[0]),
+                             "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a), "l"(b));
+                asm volatile("wgmma.commit_group.sync.aligned;");
+                asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
+                for (int i = 0; i < 4; ++i) out[(t / 32 * 16 + t % 32 / 4 + 8 * (i / 2)) * 8 + t % 4 * 2 + i % 2] = c[i];)
 }
 // ---- clusters: every CTA adds its rank into the shared memory of the next, then reports what it received
-__global__ void __cluster_dims__(4, 1, 1) cluster(const int*, int* out, int) {
-  GPUSIM_HOPPER(
-  __shared__ int received;
-  auto group = cooperative_groups::this_cluster();
-  if (threadIdx.x == 0) received = 100;
-  group.sync();
-  if (threadIdx.x == 0) atomicAdd(group.map_shared_rank(&received, (group.block_rank() + 1) % 4), static_cast<int>(group.block_rank()));
-  group.sync();
-  if (threadIdx.x == 0) out[blockIdx.x] = received;)
+__global__ void GPUSIM_CLUSTER cluster(const int*, int* out, int) {
+  GPUSIM_HOPPER(__shared__ int received; auto group = cooperative_groups::this_cluster(); if (threadIdx.x == 0) received = 100;
+                group.sync(); if (threadIdx.x == 0)
+                    atomicAdd(group.map_shared_rank(&received, (group.block_rank() + 1) % 4), static_cast<int>(group.block_rank()));
+                group.sync(); if (threadIdx.x == 0) out[blockIdx.x] = received;)
 }
 
 // ---- mistakes
@@ -253,11 +265,15 @@ __global__ void unwritten_shared(const int*, int* out, int) {
 }
 __global__ void missing_barrier(const int* in, int* out, int) {
   __shared__ int s[64];
+  s[threadIdx.x] = 0;
+  __syncthreads();
   s[threadIdx.x] = in[threadIdx.x];
   out[threadIdx.x] = s[63 - threadIdx.x];
 }
 __global__ void missing_warp_barrier(const int* in, int* out, int) {
   __shared__ int s[32];
+  s[threadIdx.x] = 0;
+  __syncwarp();
   s[threadIdx.x] = in[threadIdx.x];
   out[threadIdx.x] = s[31 - threadIdx.x];
 }
@@ -269,7 +285,8 @@ __global__ void __launch_bounds__(32) bounded(const int*, int* out, int) { out[t
 __global__ void missing_copy_wait(const int* in, int* out, int) {
   __shared__ __align__(16) int s[128];
   const int t = threadIdx.x;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(s + 4 * t))), "l"(in + 4 * t));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(s + 4 * t))),
+               "l"(in + 4 * t));
   asm volatile("cp.async.commit_group;");
   out[t] = s[4 * t];
 }
@@ -295,15 +312,15 @@ CUtensorMap encode(const void* data, uint64_t columns, uint64_t rows) {
   alignas(64) CUtensorMap map;
   const cuuint64_t dims[2] = {columns, rows}, strides[1] = {(columns * 2 + 15) / 16 * 16};
   const cuuint32_t box[2] = {64, 8}, steps[2] = {1, 1};
-  reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), dims, strides, box, steps,
-                                                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return map;
 }
 
 }  // namespace
 
-extern "C" int run(const char* name, const void* in, void* out, int n) {
+extern "C" __attribute__((visibility("default"))) int run(const char* name, const void* in, void* out, int n) {
 #define GPUSIM_RUN(kernel, blocks, threads) \
   if (!std::strcmp(name, #kernel)) return launch(kernel, blocks, threads, in, out, n);
   GPUSIM_RUN(integers, 1, n)
@@ -334,7 +351,7 @@ extern "C" int run(const char* name, const void* in, void* out, int n) {
 #undef GPUSIM_RUN
   return -1;
 }
-extern "C" int run_tma(const void* from, void* to, void* image) {
+extern "C" __attribute__((visibility("default"))) int run_tma(const void* from, void* to, void* image) {
   const CUtensorMap a = encode(from, 90, 20), b = encode(to, 40, 20);
   tma<<<1, 64>>>(a, b, static_cast<uint16_t*>(image));
   return cudaGetLastError();

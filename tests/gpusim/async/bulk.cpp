@@ -20,7 +20,8 @@ AsyncQueue& queue(Warp& w) { return *w.cta->cluster->async; }
 struct Operand {
   uint32_t slot, displacement, is32;
   uint64_t at(const Warp& w, int l) const {
-    return (is32 ? w.reg<uint32_t>(slot)[l] : w.reg<uint64_t>(slot)[l]) + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(displacement)));
+    return (is32 ? w.reg<uint32_t>(slot)[l] : w.reg<uint64_t>(slot)[l]) +
+           static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(displacement)));
   }
 };
 const Operand& operand(const Instr& i, int k) { return reinterpret_cast<const Operand*>(i.list)[k]; }
@@ -53,7 +54,8 @@ struct Box {
       for (uint32_t k = 0; k < row; k += 16) {
         const uint32_t to = shared + r * row + k, swizzled = to ^ ((to >> 7 & (map.chunks() - 1)) << 4);
         const int64_t element = at[0] + static_cast<int64_t>(k) / size, count = 16 / size;
-        const int64_t low = std::clamp<int64_t>(-element, 0, count), high = inside ? std::clamp<int64_t>(map.dims[0] - element, 0, count) : 0;
+        const int64_t low = std::clamp<int64_t>(-element, 0, count),
+                      high = inside ? std::clamp<int64_t>(map.dims[0] - element, 0, count) : 0;
         f(address + static_cast<uint64_t>(element * size), swizzled, low * size, high * size);
       }
     }
@@ -64,7 +66,8 @@ Box read_box(Warp& w, const Instr& i, int l) {
   Box box;
   const uint64_t map = operand(i, 1).at(w, l);
   if (map % 64) fail(w, i, l, "a tensor map is not aligned to 64 bytes");
-  std::memcpy(&box.map, queue(w).descriptor(*w.cta, map, [&] { return resolve(w, i, l, map, kGeneric, 16, Access::kAsyncLoad); }), sizeof(TensorMap));
+  std::memcpy(&box.map, queue(w).descriptor(*w.cta, map, [&] { return resolve(w, i, l, map, kGeneric, 16, Access::kAsyncLoad); }),
+              sizeof(TensorMap));
   if (box.map.magic != TensorMap::kMagic) fail(w, i, l, "there is no tensor map at this address");
   if (box.map.rank != i.count) fail(w, i, l, "the tensor map has another rank");
   for (int d = 0; d < i.count; ++d) box.at[d] = static_cast<int32_t>(w.reg<uint32_t>(i.list[kCoordinates + d])[l]);
@@ -100,7 +103,9 @@ void tensor_load(Warp& w, const Instr& i, int l) {
       box.each_piece(to.offset, [&](uint64_t address, uint32_t offset, int64_t low, int64_t high) {
         uint8_t* out = target->shared.data() + offset;
         std::memset(out, 0, 16);
-        if (low < high) std::memcpy(out + low, global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, false), static_cast<size_t>(high - low));
+        if (low < high)
+          std::memcpy(out + low, global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, false),
+                      static_cast<size_t>(high - low));
       });
       q.arrive(key, 0, bytes);
     });
@@ -119,7 +124,8 @@ void add_to(uint8_t* to, const uint8_t* from, int64_t bytes, const TensorMap& ma
       uint16_t a, b;
       std::memcpy(&a, to + at, 2);
       std::memcpy(&b, from + at, 2);
-      a = map.type == 6 ? to_half(double(to_float(Half{a})) + to_float(Half{b})).bits : to_bfloat(to_float(BFloat{a}) + to_float(BFloat{b})).bits;
+      a = map.type == 6 ? to_half(double(to_float(Half{a})) + to_float(Half{b})).bits
+                        : to_bfloat(to_float(BFloat{a}) + to_float(BFloat{b})).bits;
       std::memcpy(to + at, &a, 2);
     }
   }
@@ -129,19 +135,24 @@ void tensor_store(Warp& w, const Instr& i, int l) {
   const Box box = read_box(w, i, l);
   const SharedPlace from = shared_place(w, i, l, operand(i, 0).at(w, l), static_cast<int>(box.bytes()));
   if (from.offset % 128) fail(w, i, l, "the source of a TMA store is not aligned to 128 bytes");
-  if (i.flags & kReduceAdd && box.map.type != 6 && box.map.type != 7 && box.map.type != 9) fail(w, i, l, "a TMA reduction of this type is not simulated");
+  if (i.flags & kReduceAdd && box.map.type != 6 && box.map.type != 7 && box.map.type != 9)
+    fail(w, i, l, "a TMA reduction of this type is not simulated");
   race::async_read(w, i, l, *from.cta, from.offset, static_cast<int>(box.bytes()));
   auto operation = [&w, &i, l, box, from] {
     box.each_piece(from.offset, [&](uint64_t address, uint32_t offset, int64_t low, int64_t high) {
       if (low >= high) return;
       uint8_t* to = global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, true);
       const uint8_t* source = from.cta->shared.data() + offset + low;
-      if (i.flags & kReduceAdd) add_to(to, source, high - low, box.map);
-      else std::memcpy(to, source, static_cast<size_t>(high - low));
+      if (i.flags & kReduceAdd)
+        add_to(to, source, high - low, box.map);
+      else
+        std::memcpy(to, source, static_cast<size_t>(high - low));
     });
   };
-  if (queue(w).now()) operation();
-  else queue(w).state(w).bulk_open[l].operations.push_back(operation);
+  if (queue(w).now())
+    operation();
+  else
+    queue(w).state(w).bulk_open[l].operations.push_back(operation);
 }
 
 // Without a map: contiguous bytes, 16-byte aligned.
@@ -154,10 +165,13 @@ void linear(Warp& w, const Instr& i, int l) {
   if (!(i.flags & kLoad)) {
     race::async_read(w, i, l, *shared.cta, shared.offset, static_cast<int>(bytes));
     auto operation = [&w, &i, l, global, shared, bytes] {
-      for (uint32_t at = 0; at < bytes; at += 16) std::memcpy(global_bytes(w, i, l, global + at, 16, true), shared.cta->shared.data() + shared.offset + at, 16);
+      for (uint32_t at = 0; at < bytes; at += 16)
+        std::memcpy(global_bytes(w, i, l, global + at, 16, true), shared.cta->shared.data() + shared.offset + at, 16);
     };
-    if (q.now()) operation();
-    else q.state(w).bulk_open[l].operations.push_back(operation);
+    if (q.now())
+      operation();
+    else
+      q.state(w).bulk_open[l].operations.push_back(operation);
     return;
   }
   const SharedPlace bar = shared_place(w, i, l, operand(i, 2).at(w, l), 8);
@@ -173,16 +187,20 @@ void linear(Warp& w, const Instr& i, int l) {
     });
   }
   q.add(key, [&q, &w, &i, l, key, global, shared, bytes] {
-    for (uint32_t at = 0; at < bytes; at += 16) std::memcpy(shared.cta->shared.data() + shared.offset + at, global_bytes(w, i, l, global + at, 16, false), 16);
+    for (uint32_t at = 0; at < bytes; at += 16)
+      std::memcpy(shared.cta->shared.data() + shared.offset + at, global_bytes(w, i, l, global + at, 16, false), 16);
     q.arrive(key, 0, bytes);
   });
 }
 
 Flow bulk(Warp& w, const Instr& i, Mask m) {
   for_lanes(m, [&](int l) {
-    if (!(i.flags & kTensor)) linear(w, i, l);
-    else if (i.flags & kLoad) tensor_load(w, i, l);
-    else tensor_store(w, i, l);
+    if (!(i.flags & kTensor))
+      linear(w, i, l);
+    else if (i.flags & kLoad)
+      tensor_load(w, i, l);
+    else
+      tensor_store(w, i, l);
   });
   ++w.cta->cluster->launch->progress;
   return Flow::kNext;
@@ -226,7 +244,8 @@ void decode_bulk(Decoder& d, const Statement& s, Instr& i) {
     i.exec = wait_group;
     return;
   }
-  if (s.has("im2col") || s.has("im2col_no_offs") || (s.has("reduce") || s.words[1] == "reduce" ? !s.has("add") || !s.has("tensor") : false)) return;
+  if (s.has("im2col") || s.has("im2col_no_offs") || (s.has("reduce") || s.words[1] == "reduce" ? !s.has("add") || !s.has("tensor") : false))
+    return;
   const bool load = s.has("mbarrier::complete_tx::bytes"), tensor = s.has("tensor");
   i.flags = static_cast<uint8_t>((load ? kLoad : 0) | (tensor ? kTensor : 0) | (s.words[1] == "reduce" ? kReduceAdd : 0) |
                                  (load && !s.has("global") ? kSharedToShared : 0));

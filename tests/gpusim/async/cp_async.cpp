@@ -1,9 +1,8 @@
 // Copies of single threads. PTX ISA 9.7.9.25.3 (cp.async and its groups), 9.7.13.15.17 (cp.async.mbarrier.arrive).
 // Bulk copies, which share the first words of their opcodes, are in bulk.cpp.
-#include "bulk.h"
-
 #include "../exec/access.h"
 #include "../exec/race.h"
+#include "bulk.h"
 #include "queue.h"
 
 namespace gpusim {
@@ -27,7 +26,8 @@ Flow copy(Warp& w, const Instr& i, Mask m) {
     race::not_generic(w, i, l, addresses[l], i.width);
     const uint64_t source = w.reg<uint64_t>(i.list[0])[l] + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(i.list[1])));
     if (source % i.width) fail(w, i, l, "the source of cp.async is misaligned");
-    const uint8_t* from = filled ? resolve(w, i, l, source, kGeneric, filled & (filled - 1) ? i.width : filled, Access::kAsyncLoad) : nullptr;
+    const uint8_t* from =
+        filled ? resolve(w, i, l, source, kGeneric, filled & (filled - 1) ? i.width : filled, Access::kAsyncLoad) : nullptr;
     ThreadCopies& mine = state.copies[l];
     mine.pending.push_back({to, from, i.width, filled});
     if (q.now()) mine.perform(mine.next());

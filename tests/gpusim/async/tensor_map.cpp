@@ -11,8 +11,8 @@ int TensorMap::element_bytes() const {
 }
 
 // A CUresult: 1 is CUDA_ERROR_INVALID_VALUE. The conditions are those of the driver's documentation.
-int encode_tensor_map(void* place, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
-                      const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+int encode_tensor_map(void* place, int type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
+                      const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
   TensorMap m;
   m.magic = TensorMap::kMagic;
   m.type = static_cast<uint8_t>(type);
@@ -21,7 +21,8 @@ int encode_tensor_map(void* place, int type, uint32_t rank, void* address, const
   m.fill = static_cast<uint8_t>(fill);
   m.address = reinterpret_cast<uint64_t>(address);
   const int size = m.element_bytes();
-  if (!size || rank < 1 || rank > 5 || interleave || swizzle < 0 || swizzle > 3 || m.address % 16 || reinterpret_cast<uint64_t>(place) % 64) return 1;
+  if (!size || rank < 1 || rank > 5 || interleave || swizzle < 0 || swizzle > 3 || m.address % 16 || reinterpret_cast<uint64_t>(place) % 64)
+    return 1;
   for (uint32_t d = 0; d < rank; ++d) {
     if (!dims[d] || dims[d] > uint64_t{1} << 32 || !box[d] || box[d] > 256 || steps[d] != 1) return 1;
     if (d && (strides[d - 1] % 16 || strides[d - 1] >= uint64_t{1} << 40)) return 1;
@@ -87,15 +88,17 @@ Flow copy_map(Warp& w, const Instr& i, Mask m) {
   const uint64_t from = w.reg<uint64_t>(i.list[0])[l];
   const SharedPlace place = shared_place(w, i, l, i.list[1] ? w.reg<uint32_t>(i.list[0])[l] : from, 128);
   for (int at = 0; at < 128; at += 16)
-    std::memcpy(resolve(w, i, l, w.address(i, i.a, l) + static_cast<uint64_t>(at), kGlobal, 16, Access::kAsyncStore), place.cta->shared.data() + place.offset + at, 16);
+    std::memcpy(resolve(w, i, l, w.address(i, i.a, l) + static_cast<uint64_t>(at), kGlobal, 16, Access::kAsyncStore),
+                place.cta->shared.data() + place.offset + at, 16);
   ++w.cta->cluster->launch->progress;
   return Flow::kNext;
 }
 
 void decode_tensormap(Decoder& d, const Statement& s, Instr& i) {
-  static const std::map<std::string, Field> fields = {{"global_address", kAddress}, {"rank", kRank}, {"box_dim", kBox}, {"global_dim", kDim},
-                                                      {"global_stride", kStride}, {"element_stride", kStep}, {"elemtype", kType},
-                                                      {"interleave_layout", kInterleave}, {"swizzle_mode", kSwizzle}, {"fill_mode", kFill}};
+  static const std::map<std::string, Field> fields = {
+      {"global_address", kAddress}, {"rank", kRank},           {"box_dim", kBox},   {"global_dim", kDim},
+      {"global_stride", kStride},   {"element_stride", kStep}, {"elemtype", kType}, {"interleave_layout", kInterleave},
+      {"swizzle_mode", kSwizzle},   {"fill_mode", kFill}};
   d.address(s.operands[0], i);
   if (s.words[1] == "cp_fenceproxy") {
     Instr source;
@@ -122,12 +125,14 @@ const Opcodes opcodes{{"tensormap", decode_tensormap}};
 }  // namespace gpusim
 
 // cudaGetDriverEntryPoint of the one driver function kernels' host code asks for.
-extern "C" __attribute__((visibility("default"))) int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long, int* status) {
+extern "C" __attribute__((visibility("default"))) int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                                                                       unsigned long long, int* status) {
   const bool known = std::string(name) == "cuTensorMapEncodeTiled";
   *function = known ? reinterpret_cast<void*>(&gpusim::encode_tensor_map) : nullptr;
   if (status) *status = known ? 0 : 1;
   return known ? 0 : 1;
 }
-extern "C" __attribute__((visibility("default"))) int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags, int* status) {
+extern "C" __attribute__((visibility("default"))) int cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                                                              int* status) {
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, status);
 }

@@ -9,7 +9,8 @@ namespace {
 
 void check_alignment(Warp& w, const Instr& i, int lane, uint64_t address, int bytes) {
   const int access = bytes & (bytes - 1) ? 1 : bytes;  // vectors of three do not exist
-  if (address % static_cast<uint64_t>(access)) fail(w, i, lane, "misaligned access of " + std::to_string(bytes) + " bytes at address " + std::to_string(address));
+  if (address % static_cast<uint64_t>(access))
+    fail(w, i, lane, "misaligned access of " + std::to_string(bytes) + " bytes at address " + std::to_string(address));
 }
 
 // A whole word of the pattern that fresh memory holds: nothing was ever written there.
@@ -32,7 +33,8 @@ uint8_t* global(Warp& w, const Instr& i, int lane, uint64_t address, int bytes, 
   (stores ? counters.global_stored : counters.global_loaded) += static_cast<uint64_t>(bytes);
   std::vector<bool>& sectors = stores ? a->stored : a->loaded;
   if (sectors.empty()) sectors.resize((a->end - a->begin) / 32 + 2);
-  for (uint64_t s = (address - a->begin / 32 * 32) / 32; s <= (address + static_cast<uint64_t>(bytes) - 1 - a->begin / 32 * 32) / 32; ++s) sectors[s] = true;
+  for (uint64_t s = (address - a->begin / 32 * 32) / 32; s <= (address + static_cast<uint64_t>(bytes) - 1 - a->begin / 32 * 32) / 32; ++s)
+    sectors[s] = true;
   return data;
 }
 
@@ -42,12 +44,14 @@ SharedPlace shared_place(Warp& w, const Instr& i, int lane, uint64_t address, in
   if (address >= kWindow) address -= Memory::get().shared_window;
   const uint64_t rank = address >> kRankShift;
   const auto& ctas = w.cta->cluster->ctas;
-  if (rank > ctas.size()) fail(w, i, lane, "shared memory of a CTA outside the cluster, or out of bounds: address " + std::to_string(address));
+  if (rank > ctas.size())
+    fail(w, i, lane, "shared memory of a CTA outside the cluster, or out of bounds: address " + std::to_string(address));
   Cta* cta = rank ? ctas[rank - 1].get() : w.cta;
   const uint64_t offset = address & ((1u << kRankShift) - 1);
   if (offset < kSharedBase || offset + static_cast<uint64_t>(bytes) > cta->shared.size())
-    fail(w, i, lane, "shared memory out of bounds: " + std::to_string(bytes) + " bytes at offset " + std::to_string(static_cast<int64_t>(offset) - kSharedBase) +
-                         " of " + std::to_string(cta->shared.size() - kSharedBase));
+    fail(w, i, lane,
+         "shared memory out of bounds: " + std::to_string(bytes) + " bytes at offset " +
+             std::to_string(static_cast<int64_t>(offset) - kSharedBase) + " of " + std::to_string(cta->shared.size() - kSharedBase));
   if (!cta->live_warps) fail(w, i, lane, "shared memory of a CTA that has exited");
   return {cta, static_cast<uint32_t>(offset)};
 }

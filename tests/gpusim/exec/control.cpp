@@ -218,9 +218,17 @@ void decode_barrier(Decoder& d, const Statement& s, Instr& i) {
   i.exec = s.has("arrive") ? cluster_arrive : cluster_wait;
 }
 
-const Opcodes opcodes{{"bra", decode_bra},         {"exit", decode_exit},       {"ret", decode_ret},           {"trap", decode_trap},
-                      {"brkpt", decode_trap},      {"nanosleep", decode_nanosleep}, {"bar", decode_bar},       {"barrier", decode_barrier},
-                      {"setmaxnreg", decode_nothing}, {"griddepcontrol", decode_nothing}, {"pmevent", decode_nothing}};
+const Opcodes opcodes{{"bra", decode_bra},
+                      {"exit", decode_exit},
+                      {"ret", decode_ret},
+                      {"trap", decode_trap},
+                      {"brkpt", decode_trap},
+                      {"nanosleep", decode_nanosleep},
+                      {"bar", decode_bar},
+                      {"barrier", decode_barrier},
+                      {"setmaxnreg", decode_nothing},
+                      {"griddepcontrol", decode_nothing},
+                      {"pmevent", decode_nothing}};
 
 }  // namespace
 }  // namespace gpusim

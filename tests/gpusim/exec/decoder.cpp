@@ -111,15 +111,30 @@ bool Decoder::find_register(const std::string& name, Slot* slot) {
 }
 
 bool Decoder::find_special(const std::string& name, Slot* slot) {
-  static const std::map<std::string, SpecialId> ids = {
-      {"%tid", SpecialId::kTid}, {"%ntid", SpecialId::kNtid}, {"%ctaid", SpecialId::kCtaid}, {"%nctaid", SpecialId::kNctaid},
-      {"%cluster_ctaid", SpecialId::kClusterCtaid}, {"%cluster_nctaid", SpecialId::kClusterNctaid}, {"%clusterid", SpecialId::kClusterid},
-      {"%nclusterid", SpecialId::kNclusterid}, {"%laneid", SpecialId::kLaneid}, {"%warpid", SpecialId::kWarpid},
-      {"%nwarpid", SpecialId::kNwarpid}, {"%smid", SpecialId::kSmid}, {"%nsmid", SpecialId::kNsmid}, {"%gridid", SpecialId::kGridid},
-      {"%lanemask_eq", SpecialId::kMaskEq}, {"%lanemask_lt", SpecialId::kMaskLt}, {"%lanemask_le", SpecialId::kMaskLe},
-      {"%lanemask_gt", SpecialId::kMaskGt}, {"%lanemask_ge", SpecialId::kMaskGe}, {"%cluster_ctarank", SpecialId::kClusterCtarank},
-      {"%cluster_nctarank", SpecialId::kClusterNctarank}, {"%is_explicit_cluster", SpecialId::kExplicitCluster},
-      {"%dynamic_smem_size", SpecialId::kDynamicShared}, {"%total_smem_size", SpecialId::kTotalShared}};  // PTX ISA 10
+  static const std::map<std::string, SpecialId> ids = {{"%tid", SpecialId::kTid},
+                                                       {"%ntid", SpecialId::kNtid},
+                                                       {"%ctaid", SpecialId::kCtaid},
+                                                       {"%nctaid", SpecialId::kNctaid},
+                                                       {"%cluster_ctaid", SpecialId::kClusterCtaid},
+                                                       {"%cluster_nctaid", SpecialId::kClusterNctaid},
+                                                       {"%clusterid", SpecialId::kClusterid},
+                                                       {"%nclusterid", SpecialId::kNclusterid},
+                                                       {"%laneid", SpecialId::kLaneid},
+                                                       {"%warpid", SpecialId::kWarpid},
+                                                       {"%nwarpid", SpecialId::kNwarpid},
+                                                       {"%smid", SpecialId::kSmid},
+                                                       {"%nsmid", SpecialId::kNsmid},
+                                                       {"%gridid", SpecialId::kGridid},
+                                                       {"%lanemask_eq", SpecialId::kMaskEq},
+                                                       {"%lanemask_lt", SpecialId::kMaskLt},
+                                                       {"%lanemask_le", SpecialId::kMaskLe},
+                                                       {"%lanemask_gt", SpecialId::kMaskGt},
+                                                       {"%lanemask_ge", SpecialId::kMaskGe},
+                                                       {"%cluster_ctarank", SpecialId::kClusterCtarank},
+                                                       {"%cluster_nctarank", SpecialId::kClusterNctarank},
+                                                       {"%is_explicit_cluster", SpecialId::kExplicitCluster},
+                                                       {"%dynamic_smem_size", SpecialId::kDynamicShared},
+                                                       {"%total_smem_size", SpecialId::kTotalShared}};  // PTX ISA 10
   if (const auto found = specials_.find(name); found != specials_.end()) {
     *slot = found->second;
     return true;
@@ -262,7 +277,7 @@ uint32_t Decoder::predicate(const std::string& operand, bool* negated) {
   return source(*negated ? operand.substr(1) : operand, kPred);
 }
 
-void Decoder::address(const std::string& operand, Instr& i, uint32_t Instr::*reg) {
+void Decoder::address(const std::string& operand, Instr& i, uint32_t Instr::* reg) {
   std::string inside = operand[0] == '[' ? operand.substr(1, operand.size() - 2) : operand;
   inside = std::string(trim(inside));
   const size_t sign = inside.find_first_of("+-", 1);

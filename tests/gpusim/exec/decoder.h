@@ -21,15 +21,15 @@ class Decoder {
   static std::unique_ptr<Kernel> decode(const Module& module, const std::string& name, const std::map<std::string, uint64_t>& globals);
 
   // Operands of the statement at hand.
-  Slot slot(const std::string& operand, Type type);                                  // register, immediate, symbol or special register
-  uint32_t source(const std::string& operand, Type type);                            // the same, with the width checked
-  uint32_t destination(const std::string& operand);                                  // "_" is a register nobody reads
-  void address(const std::string& operand, Instr& i, uint32_t Instr::*reg = &Instr::a);  // "[%rd1+16]"
+  Slot slot(const std::string& operand, Type type);                                       // register, immediate, symbol or special register
+  uint32_t source(const std::string& operand, Type type);                                 // the same, with the width checked
+  uint32_t destination(const std::string& operand);                                       // "_" is a register nobody reads
+  void address(const std::string& operand, Instr& i, uint32_t Instr::* reg = &Instr::a);  // "[%rd1+16]"
   const uint32_t* list(const std::vector<uint32_t>& registers);
   uint32_t predicate(const std::string& operand, bool* negated);  // "%p1", "!%p1"
   uint32_t constant(uint64_t bits, int width);
   uint32_t allocate(int width);
-  uint32_t carry() { return carry_ ? carry_ : carry_ = allocate(0); }  // the predicate of extended-precision arithmetic
+  uint32_t carry() { return carry_ ? carry_ : carry_ = allocate(0); }    // the predicate of extended-precision arithmetic
   static std::vector<std::string> elements(const std::string& operand);  // of "{%r1, %r2}", or the operand itself
   Type type_of(const Statement& s, int from_end = 0) const;              // the last type suffix (or the one before it)
   void jump(const std::string& label, Instr& i);                         // i.imm = its pc, once known

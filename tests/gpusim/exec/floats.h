@@ -22,7 +22,8 @@ inline float to_float(Half h) {
     const uint32_t bits = 0x7f800000u | fraction << 13;
     std::memcpy(&f, &bits, 4);
   } else {
-    f = exponent ? std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25) : std::ldexp(static_cast<float>(fraction), -24);
+    f = exponent ? std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25)
+                 : std::ldexp(static_cast<float>(fraction), -24);
   }
   return h.bits & 0x8000 ? -f : f;
 }
@@ -95,15 +96,21 @@ T wide(T v) {
 }
 template <class T, class W>
 T from_wide(W v) {
-  if constexpr (std::is_same_v<T, Half>) return to_half(static_cast<double>(v));
-  else if constexpr (std::is_same_v<T, BFloat>) return to_bfloat(static_cast<float>(v));
-  else return static_cast<T>(v);
+  if constexpr (std::is_same_v<T, Half>)
+    return to_half(static_cast<double>(v));
+  else if constexpr (std::is_same_v<T, BFloat>)
+    return to_bfloat(static_cast<float>(v));
+  else
+    return static_cast<T>(v);
 }
 template <class T>
 T from_double(double v) {
-  if constexpr (std::is_same_v<T, Half>) return to_half(v);
-  else if constexpr (std::is_same_v<T, BFloat>) return to_bfloat(v);
-  else return static_cast<T>(v);
+  if constexpr (std::is_same_v<T, Half>)
+    return to_half(v);
+  else if constexpr (std::is_same_v<T, BFloat>)
+    return to_bfloat(v);
+  else
+    return static_cast<T>(v);
 }
 template <class T>
 T canonical_nan() {

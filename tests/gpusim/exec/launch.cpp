@@ -176,12 +176,14 @@ void fill_registers(const Launch& launch, Cta& cta, Warp& w) {
   poison(w.registers, k.register_bytes);
   for (const Kernel::Constant& c : k.constants) {
     const uint64_t bits = c.bits + (c.parameter ? reinterpret_cast<uint64_t>(launch.parameters) : 0);
-    if (c.width == 0) w.pred(c.slot) = static_cast<Mask>(bits);
+    if (c.width == 0)
+      w.pred(c.slot) = static_cast<Mask>(bits);
     else
       for (int l = 0; l < kLanes; ++l) put(w, c.slot, c.width, l, bits);
   }
   for (const Kernel::Special& s : k.specials) {
-    if (s.id == SpecialId::kExplicitCluster) w.pred(s.slot) = special(launch, cta, w, s, 0) ? kAll : 0;
+    if (s.id == SpecialId::kExplicitCluster)
+      w.pred(s.slot) = special(launch, cta, w, s, 0) ? kAll : 0;
     else
       for (int l = 0; l < kLanes; ++l) w.reg<uint32_t>(s.slot)[l] = special(launch, cta, w, s, l);
   }
@@ -241,8 +243,9 @@ std::unique_ptr<Cluster> make_cluster(Launch& launch, uint32_t index) {
         for (const Fragment& f : w.fragments) {
           if (++lines > 24) continue;
           const Instr& i = launch.kernel->code[f.pc];
-          s << "\n  block (" << cta->id[0] << ", " << cta->id[1] << ", " << cta->id[2] << ") warp " << w.index << " lanes 0x" << std::hex << f.mask
-            << std::dec << ", line " << i.line << ": " << launch.kernel->text[f.pc] << (f.why ? std::string("  -- waits for ") + f.why : "");
+          s << "\n  block (" << cta->id[0] << ", " << cta->id[1] << ", " << cta->id[2] << ") warp " << w.index << " lanes 0x" << std::hex
+            << f.mask << std::dec << ", line " << i.line << ": " << launch.kernel->text[f.pc]
+            << (f.why ? std::string("  -- waits for ") + f.why : "");
         }
   throw Failure{s.str()};
 }

@@ -22,7 +22,9 @@ Space space_of(const Statement& s) {
 }
 
 // Bytes of a .param variable of a call, kept in registers of 8 bytes; no access crosses 8 bytes.
-uint8_t* frame_bytes(Warp& w, uint32_t slot, int64_t at, int lane) { return w.registers + slot + (at / 8) * 8 * kLanes + lane * 8 + at % 8; }
+uint8_t* frame_bytes(Warp& w, uint32_t slot, int64_t at, int lane) {
+  return w.registers + slot + (at / 8) * 8 * kLanes + lane * 8 + at % 8;
+}
 
 constexpr uint8_t kSigned8 = 1;  // flag: extend by the sign
 
@@ -31,7 +33,8 @@ Flow load(Warp& w, const Instr& i, Mask m) {
   const int bytes = i.width * i.count;
   uint64_t addresses[kLanes];
   for_lanes(m, [&](int l) {
-    const uint8_t* data = i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kLoad);
+    const uint8_t* data =
+        i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kLoad);
     for (int k = 0; k < i.count; ++k) {
       uint64_t value = 0;
       std::memcpy(&value, data ? data + k * i.width : frame_bytes(w, i.a, i.imm + k * i.width, l), i.width);
@@ -47,7 +50,8 @@ Flow store(Warp& w, const Instr& i, Mask m) {
   const int bytes = i.width * i.count;
   uint64_t addresses[kLanes];
   for_lanes(m, [&](int l) {
-    uint8_t* data = i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kStore);
+    uint8_t* data =
+        i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kStore);
     for (int k = 0; k < i.count; ++k) {
       const uint64_t value = get(w, i.list[k], static_cast<int>(i.list[i.count + k]), l);
       std::memcpy(data ? data + k * i.width : frame_bytes(w, i.a, i.imm + k * i.width, l), &value, i.width);
@@ -132,7 +136,8 @@ Flow atomic(Warp& w, const Instr& i, Mask m) {
     for (int k = 0; k < i.count; ++k) {
       T old, b, c;
       std::memcpy(&old, data + k * i.width, sizeof(T));
-      const uint64_t raw_b = get(w, i.list[3 * k], std::max<int>(i.width, 2), l), raw_c = get(w, i.list[3 * k + 1], std::max<int>(i.width, 2), l);
+      const uint64_t raw_b = get(w, i.list[3 * k], std::max<int>(i.width, 2), l),
+                     raw_c = get(w, i.list[3 * k + 1], std::max<int>(i.width, 2), l);
       std::memcpy(&b, &raw_b, sizeof(T));
       std::memcpy(&c, &raw_c, sizeof(T));
       const T fresh = apply(AtomicOp(i.flags), old, b, c);
@@ -155,7 +160,8 @@ Flow atomic_pair(Warp& w, const Instr& i, Mask m) {
       std::memcpy(&b, reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[3 * (k / 2)]) + l) + 2 * (k % 2), 2);
       const T fresh = apply(AtomicOp(i.flags), old, b, b);
       std::memcpy(data + 2 * k, &fresh, 2);
-      if (i.list[3 * (k / 2) + 2]) std::memcpy(reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[3 * (k / 2) + 2]) + l) + 2 * (k % 2), &old, 2);
+      if (i.list[3 * (k / 2) + 2])
+        std::memcpy(reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[3 * (k / 2) + 2]) + l) + 2 * (k % 2), &old, 2);
     }
   });
   ++w.cta->cluster->launch->progress;
@@ -163,8 +169,8 @@ Flow atomic_pair(Warp& w, const Instr& i, Mask m) {
 }
 
 void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
-  static const std::map<std::string, AtomicOp> ops = {{"add", kAdd},   {"min", kMin}, {"max", kMax}, {"and", kAnd}, {"or", kOr},
-                                                      {"xor", kXor},   {"exch", kExch}, {"cas", kCas}, {"inc", kInc}, {"dec", kDec}};
+  static const std::map<std::string, AtomicOp> ops = {{"add", kAdd}, {"min", kMin},   {"max", kMax}, {"and", kAnd}, {"or", kOr},
+                                                      {"xor", kXor}, {"exch", kExch}, {"cas", kCas}, {"inc", kInc}, {"dec", kDec}};
   const bool returns = s.words[0] == "atom";
   if (s.has("async")) return;
   Type t = d.type_of(s);
@@ -186,9 +192,12 @@ void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
   }
   i.count = static_cast<uint8_t>(b.size());
   i.list = d.list(registers);
-  if (t.packed == 2) i.exec = t.kind == Kind::kHalf ? atomic_pair<Half> : atomic_pair<BFloat>;
-  else if (is_float(t)) i.exec = for_float(t, []<class T>() -> Exec { return atomic<T>; });
-  else i.exec = for_integer(t, []<class T>() -> Exec { return atomic<T>; });
+  if (t.packed == 2)
+    i.exec = t.kind == Kind::kHalf ? atomic_pair<Half> : atomic_pair<BFloat>;
+  else if (is_float(t))
+    i.exec = for_float(t, []<class T>() -> Exec { return atomic<T>; });
+  else
+    i.exec = for_integer(t, []<class T>() -> Exec { return atomic<T>; });
 }
 
 Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
@@ -201,9 +210,10 @@ Flow memory_fence(Warp& w, const Instr&, Mask) {
 // PTX ISA 9.7.13.4: membar and fence. Proxy fences are in async/.
 void decode_membar(Decoder&, const Statement&, Instr& i) { i.exec = memory_fence; }
 
-const Opcodes opcodes{{"ld", decode_access<true>}, {"ldu", decode_access<true>},    {"st", decode_access<false>},   {"atom", decode_atomic},
-                      {"red", decode_atomic},      {"prefetch", decode_nothing},    {"prefetchu", decode_nothing},  {"membar", decode_membar},
-                      {"applypriority", decode_nothing}, {"discard", decode_nothing}};
+const Opcodes opcodes{{"ld", decode_access<true>},   {"ldu", decode_access<true>}, {"st", decode_access<false>},
+                      {"atom", decode_atomic},       {"red", decode_atomic},       {"prefetch", decode_nothing},
+                      {"prefetchu", decode_nothing}, {"membar", decode_membar},    {"applypriority", decode_nothing},
+                      {"discard", decode_nothing}};
 
 }  // namespace
 }  // namespace gpusim

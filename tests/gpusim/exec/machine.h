@@ -41,14 +41,14 @@ struct Instr {
   uint32_t d = 0, a = 0, b = 0, c = 0;  // registers: offsets into the warp's file
   uint32_t guard = 0;                   // predicate register + 1, or 0
   bool guard_negated = false;
-  bool whole = false;         // its lanes leave the fragment of those whose guard is false (control flow, waiting)
-  uint8_t width = 4;          // bytes of a memory access or register, as the instruction needs it
-  uint8_t count = 1;          // elements of a vector
-  uint8_t space = 0;          // Space of an address
+  bool whole = false;  // its lanes leave the fragment of those whose guard is false (control flow, waiting)
+  uint8_t width = 4;   // bytes of a memory access or register, as the instruction needs it
+  uint8_t count = 1;   // elements of a vector
+  uint8_t space = 0;   // Space of an address
   uint8_t flags = 0;
-  bool address32 = false;     // the address register has 32 bits
+  bool address32 = false;          // the address register has 32 bits
   const uint32_t* list = nullptr;  // further registers
-  int64_t imm = 0;            // displacement, target, count
+  int64_t imm = 0;                 // displacement, target, count
   int32_t line = 0;
 };
 
@@ -92,9 +92,9 @@ struct Fragment {
   Mask mask = 0;
   int depth = 0;
   uint32_t stack[6] = {};
-  bool tried = false;         // has nothing to do in this turn
-  bool waiting = false;       // has arrived at a barrier and is not through it
-  bool released = false;      // of a warp barrier
+  bool tried = false;     // has nothing to do in this turn
+  bool waiting = false;   // has arrived at a barrier and is not through it
+  bool released = false;  // of a warp barrier
   uint32_t barrier_phase = 0;
   const char* why = nullptr;  // what it waits for, for the report of a deadlock
 
@@ -105,13 +105,13 @@ struct Fragment {
 
 struct Warp {
   Cta* cta = nullptr;
-  int index = 0;         // in its CTA
-  Mask live = 0;         // lanes that have not exited
+  int index = 0;  // in its CTA
+  Mask live = 0;  // lanes that have not exited
   uint8_t* registers = nullptr;
   std::vector<Fragment> fragments;
-  Fragment* now = nullptr;           // the one that runs
-  std::vector<uint32_t> clock;       // of each warp of the cluster, as this warp knows it (races)
-  uint32_t lane_epoch = 0;           // counts what orders the lanes of this warp
+  Fragment* now = nullptr;                       // the one that runs
+  std::vector<uint32_t> clock;                   // of each warp of the cluster, as this warp knows it (races)
+  uint32_t lane_epoch = 0;                       // counts what orders the lanes of this warp
   std::array<uint32_t, kLanes> cluster_waits{};  // of each lane, at the barrier of the cluster
   struct AsyncState* async = nullptr;
 
@@ -124,7 +124,7 @@ struct Warp {
     return (i.address32 ? reg<uint32_t>(slot)[lane] : reg<uint64_t>(slot)[lane]) + static_cast<uint64_t>(i.imm);
   }
   int thread(int lane) const { return index * kLanes + lane; }
-  bool run(int budget);  // until nothing is left to do in this turn; whether anything was done
+  bool run(int budget);                  // until nothing is left to do in this turn; whether anything was done
   void split(Mask others, uint32_t pc);  // these lanes of the running fragment go on elsewhere
   Fragment* pick();
 };

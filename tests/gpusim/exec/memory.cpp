@@ -63,7 +63,8 @@ std::string Memory::describe(uint64_t address) const {
     s << ", " << address - a.begin << " bytes after the start of a " << a.kind << " of " << a.end - a.begin << " bytes";
   }
   if (after != allocations_.end())
-    s << ", " << after->first - address << " bytes before a " << after->second.kind << " of " << after->second.end - after->first << " bytes";
+    s << ", " << after->first - address << " bytes before a " << after->second.kind << " of " << after->second.end - after->first
+      << " bytes";
   return s.str();
 }
 

@@ -29,7 +29,7 @@ class Memory {
  public:
   static Memory& get();
   void add(void* begin, size_t bytes, const char* kind, bool writable = true);
-  bool remove(void* begin);  // false: not known
+  bool remove(void* begin);                          // false: not known
   Allocation* find(uint64_t address, size_t bytes);  // the allocation that holds all of it, or null
   std::string describe(uint64_t address) const;      // where an address lies, in words
   void start_counting();

@@ -119,11 +119,14 @@ D convert(S v, uint8_t flags) {
     if (flags & kSaturate) x = x >= 1 ? 1 : x > 0 ? x : 0;
     if ((flags & kRelu) && x < 0) x = 0;
     const Rounding rounding = flags & kIntegral ? Rounding::kNearest : r;
-    if constexpr (std::is_same_v<D, Half>) return to_half(x, rounding);
-    else if constexpr (std::is_same_v<D, BFloat>) return to_bfloat(x, rounding);
+    if constexpr (std::is_same_v<D, Half>)
+      return to_half(x, rounding);
+    else if constexpr (std::is_same_v<D, BFloat>)
+      return to_bfloat(x, rounding);
     else if constexpr (std::is_same_v<D, float>)
       return rounding == Rounding::kNearest ? static_cast<float>(x) : static_cast<float>(round_to_format(x, 23, -126, 127, rounding));
-    else return x;
+    else
+      return x;
   }
 }
 
@@ -164,9 +167,8 @@ Exec for_any(Type t, const F& f) {
 template <class D>
 Flow cvt_pair(Warp& w, const Instr& i, Mask m) {
   const float *a = w.reg<float>(i.a), *b = w.reg<float>(i.b);
-  each_lane<uint32_t>(w, i.d, m, [=, flags = i.flags](int l) {
-    return uint32_t{convert<D>(a[l], flags).bits} << 16 | convert<D>(b[l], flags).bits;
-  });
+  each_lane<uint32_t>(w, i.d, m,
+                      [=, flags = i.flags](int l) { return uint32_t{convert<D>(a[l], flags).bits} << 16 | convert<D>(b[l], flags).bits; });
   return Flow::kNext;
 }
 Flow cvt_tf32(Warp& w, const Instr& i, Mask m) {
@@ -208,9 +210,7 @@ void decode_cvt(Decoder& d, const Statement& s, Instr& i) {
   i.count = a.width;
   i.width = result.width;
   const bool same = a.width == from.size && result.width == to.size;
-  i.exec = for_any(to, [&]<class D>() {
-    return for_any(from, [&]<class S>() -> Exec { return same ? cvt<D, S> : cvt_wide<D, S>; });
-  });
+  i.exec = for_any(to, [&]<class D>() { return for_any(from, [&]<class S>() -> Exec { return same ? cvt<D, S> : cvt_wide<D, S>; }); });
 }
 
 // ---- addresses

@@ -48,8 +48,8 @@ namespace {
 
 std::string describe(const Warp& w, const ShadowEntry& e, const char* verb) {
   const int per_cta = static_cast<int>(w.cta->warps.size());
-  return std::string(verb) + " by warp " + std::to_string(e.warp % per_cta) +
-         (e.lane == 255 ? "" : " lane " + std::to_string(e.lane)) + " of CTA rank " + std::to_string(e.warp / per_cta);
+  return std::string(verb) + " by warp " + std::to_string(e.warp % per_cta) + (e.lane == 255 ? "" : " lane " + std::to_string(e.lane)) +
+         " of CTA rank " + std::to_string(e.warp / per_cta);
 }
 
 // Whether what `e` stands for is ordered before what this lane does now.
@@ -112,7 +112,9 @@ void async_read(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, 
     const SharedShadow::Unit& u = owner.shadow->unit(at);
     check(w, i, lane, u, at, false, false);
     if (u.generic_write && u.write.clock && w.clock[w.clock.size() / 2 + u.write.warp] < u.write.clock)
-      fail(w, i, lane, "shared memory at " + std::to_string(at) + " is read asynchronously without fence.proxy.async after a " + describe(w, u.write, "write"));
+      fail(w, i, lane,
+           "shared memory at " + std::to_string(at) + " is read asynchronously without fence.proxy.async after a " +
+               describe(w, u.write, "write"));
   }
 }
 

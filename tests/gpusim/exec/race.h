@@ -32,8 +32,8 @@ namespace race {
 
 bool enabled();
 void start(Warp& w);
-int number(const Warp& w);  // of a warp in its cluster
-void release(Warp& w, std::vector<uint32_t>* into);        // what the warp did so far is known to whoever acquires it
+int number(const Warp& w);                           // of a warp in its cluster
+void release(Warp& w, std::vector<uint32_t>* into);  // what the warp did so far is known to whoever acquires it
 void acquire(Warp& w, const std::vector<uint32_t>& from);
 void lanes_synchronised(Warp& w);
 void fence(Warp& w);

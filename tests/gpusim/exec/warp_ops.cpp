@@ -90,8 +90,10 @@ Flow vote(Warp& w, const Instr& i, Mask m) {
     r |= Mask(answer) << l;
     ballots[l] = yes;
   });
-  if (i.flags == kBallot) each_lane<uint32_t>(w, i.d, m, [&](int l) { return ballots[l]; });
-  else w.pred(i.d) = (w.pred(i.d) & ~m) | r;
+  if (i.flags == kBallot)
+    each_lane<uint32_t>(w, i.d, m, [&](int l) { return ballots[l]; });
+  else
+    w.pred(i.d) = (w.pred(i.d) & ~m) | r;
   return Flow::kNext;
 }
 void decode_vote(Decoder& d, const Statement& s, Instr& i) {
@@ -150,13 +152,20 @@ Flow redux(Warp& w, const Instr& i, Mask m) {
     for_lanes(w.reg<uint32_t>(i.b)[l] & w.live, [&](int other) {
       const T v = w.reg<T>(i.a)[other];
       T& r = result[l];
-      if (first) r = v;
-      else if (i.flags == kReduxAdd) r = static_cast<T>(uint32_t(r) + uint32_t(v));
-      else if (i.flags == kReduxMin) r = std::min(r, v);
-      else if (i.flags == kReduxMax) r = std::max(r, v);
-      else if (i.flags == kReduxAnd) r &= v;
-      else if (i.flags == kReduxOr) r |= v;
-      else r ^= v;
+      if (first)
+        r = v;
+      else if (i.flags == kReduxAdd)
+        r = static_cast<T>(uint32_t(r) + uint32_t(v));
+      else if (i.flags == kReduxMin)
+        r = std::min(r, v);
+      else if (i.flags == kReduxMax)
+        r = std::max(r, v);
+      else if (i.flags == kReduxAnd)
+        r &= v;
+      else if (i.flags == kReduxOr)
+        r |= v;
+      else
+        r ^= v;
       first = false;
     });
   });
@@ -169,8 +178,12 @@ void decode_redux(Decoder& d, const Statement& s, Instr& i) {
   i.d = d.destination(s.operands[0]);
   i.a = d.source(s.operands[1], t);
   i.b = d.source(s.operands[2], kU32);
-  i.flags = s.has("add") ? kReduxAdd : s.has("min") ? kReduxMin : s.has("max") ? kReduxMax : s.has("and") ? kReduxAnd
-            : s.has("or") ? kReduxOr : kReduxXor;
+  i.flags = s.has("add")   ? kReduxAdd
+            : s.has("min") ? kReduxMin
+            : s.has("max") ? kReduxMax
+            : s.has("and") ? kReduxAnd
+            : s.has("or")  ? kReduxOr
+                           : kReduxXor;
   i.whole = true;
   i.exec = t.kind == Kind::kSigned ? redux<int32_t> : redux<uint32_t>;
 }

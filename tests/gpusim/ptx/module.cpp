@@ -11,11 +11,11 @@ namespace gpusim {
 
 bool parse_type(std::string_view word, Type* type) {
   static const std::map<std::string_view, Type> types = {
-      {"b8", {Kind::kBits, 1}},       {"b16", {Kind::kBits, 2}},       {"b32", {Kind::kBits, 4}},        {"b64", {Kind::kBits, 8}},
-      {"b128", {Kind::kBits, 16}},    {"u8", {Kind::kUnsigned, 1}},    {"u16", {Kind::kUnsigned, 2}},    {"u32", {Kind::kUnsigned, 4}},
-      {"u64", {Kind::kUnsigned, 8}},  {"s8", {Kind::kSigned, 1}},      {"s16", {Kind::kSigned, 2}},      {"s32", {Kind::kSigned, 4}},
-      {"s64", {Kind::kSigned, 8}},    {"f16", {Kind::kHalf, 2}},       {"bf16", {Kind::kBFloat, 2}},     {"f32", {Kind::kFloat, 4}},
-      {"f64", {Kind::kFloat, 8}},     {"f16x2", {Kind::kHalf, 2, 2}},  {"bf16x2", {Kind::kBFloat, 2, 2}}, {"tf32", {Kind::kTf32, 4}},
+      {"b8", {Kind::kBits, 1}},       {"b16", {Kind::kBits, 2}},      {"b32", {Kind::kBits, 4}},         {"b64", {Kind::kBits, 8}},
+      {"b128", {Kind::kBits, 16}},    {"u8", {Kind::kUnsigned, 1}},   {"u16", {Kind::kUnsigned, 2}},     {"u32", {Kind::kUnsigned, 4}},
+      {"u64", {Kind::kUnsigned, 8}},  {"s8", {Kind::kSigned, 1}},     {"s16", {Kind::kSigned, 2}},       {"s32", {Kind::kSigned, 4}},
+      {"s64", {Kind::kSigned, 8}},    {"f16", {Kind::kHalf, 2}},      {"bf16", {Kind::kBFloat, 2}},      {"f32", {Kind::kFloat, 4}},
+      {"f64", {Kind::kFloat, 8}},     {"f16x2", {Kind::kHalf, 2, 2}}, {"bf16x2", {Kind::kBFloat, 2, 2}}, {"tf32", {Kind::kTf32, 4}},
       {"pred", {Kind::kPredicate, 4}}};
   const auto found = types.find(word);
   if (found == types.end()) return false;
@@ -119,7 +119,8 @@ std::vector<Variable> parse_parameters(std::string_view list) {
   for (const std::string& item : split_operands(list)) {
     Variable v;
     std::string text = item;  // ".param .u64 .ptr .align 1 name": the alignment is that of the pointer's target
-    if (const size_t pointer = text.find(".ptr"); pointer != std::string::npos) text = text.substr(0, pointer) + text.substr(text.rfind(' '));
+    if (const size_t pointer = text.find(".ptr"); pointer != std::string::npos)
+      text = text.substr(0, pointer) + text.substr(text.rfind(' '));
     if (parse_variable(text, &v)) parameters.push_back(v);
   }
   return parameters;
@@ -274,7 +275,8 @@ class BodyParser {
       } else if (c == '}') {
         open.pop_back();
         ++at;
-      } else if (text.substr(at).starts_with(".loc ") || text.substr(at).starts_with(".loc\t")) {  // ends with its line, without a semicolon
+      } else if (text.substr(at).starts_with(".loc ") ||
+                 text.substr(at).starts_with(".loc\t")) {  // ends with its line, without a semicolon
         at = std::min(text.find('\n', at), text.size());
       } else if (const size_t label = label_length(text.substr(at))) {
         label_ = trim(text.substr(at, label - 1));

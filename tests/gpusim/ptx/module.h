@@ -69,7 +69,7 @@ struct Body {
 
 struct Module {
   std::string text;
-  int target = 0;           // 80 of .target sm_80
+  int target = 0;            // 80 of .target sm_80
   bool accelerated = false;  // sm_90a
   std::map<std::string, Function, std::less<>> functions;
   std::map<std::string, Variable, std::less<>> variables;  // .global, .const, and .shared at module level

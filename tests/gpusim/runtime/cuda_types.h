@@ -24,8 +24,8 @@ struct LaunchConfig {
   LaunchAttribute* attributes;
   unsigned count;
 };
-constexpr int kAttributeClusterDimension = 4;   // cudaLaunchAttributeClusterDimension
-constexpr int kFunctionMaxDynamicShared = 8;    // cudaFuncAttributeMaxDynamicSharedMemorySize
+constexpr int kAttributeClusterDimension = 4;  // cudaLaunchAttributeClusterDimension
+constexpr int kFunctionMaxDynamicShared = 8;   // cudaFuncAttributeMaxDynamicSharedMemorySize
 
 // cudaFuncAttributes
 struct FunctionAttributes {
@@ -37,29 +37,55 @@ struct FunctionAttributes {
 // cudaDeviceAttr -> value; -1 for one this device does not know.
 inline int attribute_value(int attribute, int architecture, int sms, int shared_per_block) {
   switch (attribute) {
-    case 1: return 1024;             // cudaDevAttrMaxThreadsPerBlock
-    case 2: case 3: return 1024;     // MaxBlockDimX, Y
-    case 4: return 64;               // MaxBlockDimZ
-    case 5: return 0x7fffffff;       // MaxGridDimX
-    case 6: case 7: return 65535;    // MaxGridDimY, Z
-    case 8: return 48 * 1024;        // MaxSharedMemoryPerBlock
-    case 9: return 64 * 1024;        // TotalConstantMemory
-    case 10: return 32;              // WarpSize
-    case 12: return 65536;           // MaxRegistersPerBlock
-    case 13: return 1'755'000;       // ClockRate
-    case 16: return sms;             // MultiProcessorCount
-    case 38: return 50 << 20;        // L2CacheSize
-    case 39: return 2048;            // MaxThreadsPerMultiProcessor
-    case 75: return architecture / 10;  // ComputeCapabilityMajor
-    case 76: return architecture % 10;  // ComputeCapabilityMinor
-    case 81: return shared_per_block + 1024;  // MaxSharedMemoryPerMultiprocessor
-    case 82: return 65536;           // MaxRegistersPerMultiprocessor
-    case 95: return 1;               // CooperativeLaunch
-    case 97: return shared_per_block;  // MaxSharedMemoryPerBlockOptin
-    case 106: return 32;             // MaxBlocksPerMultiprocessor
-    case 111: return 1024;           // ReservedSharedMemoryPerBlock
-    case 115: return 1;              // MemoryPoolsSupported
-    case 120: return architecture >= 90;  // ClusterLaunch
-    default: return -1;
+    case 1:
+      return 1024;  // cudaDevAttrMaxThreadsPerBlock
+    case 2:
+    case 3:
+      return 1024;  // MaxBlockDimX, Y
+    case 4:
+      return 64;  // MaxBlockDimZ
+    case 5:
+      return 0x7fffffff;  // MaxGridDimX
+    case 6:
+    case 7:
+      return 65535;  // MaxGridDimY, Z
+    case 8:
+      return 48 * 1024;  // MaxSharedMemoryPerBlock
+    case 9:
+      return 64 * 1024;  // TotalConstantMemory
+    case 10:
+      return 32;  // WarpSize
+    case 12:
+      return 65536;  // MaxRegistersPerBlock
+    case 13:
+      return 1'755'000;  // ClockRate
+    case 16:
+      return sms;  // MultiProcessorCount
+    case 38:
+      return 50 << 20;  // L2CacheSize
+    case 39:
+      return 2048;  // MaxThreadsPerMultiProcessor
+    case 75:
+      return architecture / 10;  // ComputeCapabilityMajor
+    case 76:
+      return architecture % 10;  // ComputeCapabilityMinor
+    case 81:
+      return shared_per_block + 1024;  // MaxSharedMemoryPerMultiprocessor
+    case 82:
+      return 65536;  // MaxRegistersPerMultiprocessor
+    case 95:
+      return 1;  // CooperativeLaunch
+    case 97:
+      return shared_per_block;  // MaxSharedMemoryPerBlockOptin
+    case 106:
+      return 32;  // MaxBlocksPerMultiprocessor
+    case 111:
+      return 1024;  // ReservedSharedMemoryPerBlock
+    case 115:
+      return 1;  // MemoryPoolsSupported
+    case 120:
+      return architecture >= 90;  // ClusterLaunch
+    default:
+      return -1;
   }
 }

@@ -1,10 +1,10 @@
 #include "device.h"
 
-#include "../exec/decoder.h"
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+
+#include "../exec/decoder.h"
 
 namespace gpusim {
 namespace {
@@ -78,7 +78,8 @@ void Device::load(LoadedModule* m) {
     if (m->module && m->module->target >= sm && !accelerated) continue;
     m->module = parse_module(source);
   }
-  if (!m->module) throw Failure{"no PTX for sm_" + std::to_string(architecture) + " in this library: compile with --no-compress and a compute_ target"};
+  if (!m->module)
+    throw Failure{"no PTX for sm_" + std::to_string(architecture) + " in this library: compile with --no-compress and a compute_ target"};
   for (const auto& [name, v] : m->module->variables) {
     if (v.space == "shared" || v.external) continue;
     auto* data = static_cast<uint8_t*>(std::aligned_alloc(256, static_cast<size_t>((v.bytes + 511) / 256 * 256)));
@@ -139,7 +140,8 @@ int Device::launch(const LaunchRequest& r) {
       return refuse(std::to_string(shared) + " bytes of shared memory; more than 48 KiB need cudaFuncSetAttribute, and the device has " +
                     std::to_string(shared_per_block));
     auto* parameters = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(k.parameter_bytes + 127) / 64 * 64));
-    for (size_t p = 0; p < k.parameters.size(); ++p) std::memcpy(parameters + k.parameters[p].first, r.arguments[p], static_cast<size_t>(k.parameters[p].second));
+    for (size_t p = 0; p < k.parameters.size(); ++p)
+      std::memcpy(parameters + k.parameters[p].first, r.arguments[p], static_cast<size_t>(k.parameters[p].second));
     Memory::get().add(parameters, static_cast<size_t>(k.parameter_bytes), "kernel's parameters", false);
     l.parameters = parameters;
     if (const char* seed = std::getenv("GPUSIM_SCHED"); seed && *seed) {

@@ -12,8 +12,8 @@
 namespace gpusim {
 
 struct LoadedModule {
-  std::vector<std::string> sources;    // PTX of each target in the fat binary
-  std::unique_ptr<Module> module;      // the one that fits the simulated device, parsed at the first use
+  std::vector<std::string> sources;  // PTX of each target in the fat binary
+  std::unique_ptr<Module> module;    // the one that fits the simulated device, parsed at the first use
   std::map<std::string, uint64_t> globals;
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
 };

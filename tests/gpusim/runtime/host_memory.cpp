@@ -59,7 +59,7 @@ int visit(dl_phdr_info* info, size_t, void* data) {
     if (info->dlpi_phdr[k].p_type == PT_DYNAMIC) dynamic = reinterpret_cast<const ElfW(Dyn)*>(info->dlpi_addr + info->dlpi_phdr[k].p_vaddr);
   const ElfW(Sym)* symbols = nullptr;
   const char* strings = nullptr;
-  const ElfW(Rela) *tables[2] = {};
+  const ElfW(Rela) * tables[2] = {};
   size_t bytes[2] = {};
   for (; dynamic && dynamic->d_tag != DT_NULL; ++dynamic) {
     if (dynamic->d_tag == DT_SYMTAB) symbols = reinterpret_cast<const ElfW(Sym)*>(dynamic->d_un.d_ptr);
@@ -71,7 +71,7 @@ int visit(dl_phdr_info* info, size_t, void* data) {
   }
   for (int t = 0; t < 2; ++t)
     for (size_t k = 0; tables[t] && k < bytes[t] / sizeof(ElfW(Rela)); ++k) {
-      const ElfW(Rela)& r = tables[t][k];
+      const ElfW(Rela) & r = tables[t][k];
       const uint64_t type = ELF64_R_TYPE(r.r_info), symbol = ELF64_R_SYM(r.r_info);
       if (!symbol || (type != R_X86_64_JUMP_SLOT && type != R_X86_64_GLOB_DAT)) continue;
       const char* name = strings + symbols[symbol].st_name;

@@ -55,7 +55,8 @@ Flow mma(Warp& w, const Instr& i, Mask m) {
     }
     for (int j = 0; j < 4; ++j) {
       const int row = group + 8 * (j >> 1), n = 2 * column + (j & 1);
-      C[row][n] = d_count == 4 ? w.reg<float>(c[j])[l] : half_table()[static_cast<uint16_t>(w.reg<uint32_t>(c[j / 2])[l] >> (16 * (j & 1)))];
+      C[row][n] =
+          d_count == 4 ? w.reg<float>(c[j])[l] : half_table()[static_cast<uint16_t>(w.reg<uint32_t>(c[j / 2])[l] >> (16 * (j & 1)))];
     }
   }
   if (k_size == 16) multiply<16>(A, B, C);
@@ -64,8 +65,10 @@ Flow mma(Warp& w, const Instr& i, Mask m) {
   for (int l = 0; l < kLanes; ++l)
     for (int j = 0; j < 4; ++j) {
       const float v = C[l / 4 + 8 * (j >> 1)][2 * (l % 4) + (j & 1)];
-      if (d_count == 4) w.reg<float>(d[j])[l] = v;
-      else reinterpret_cast<uint16_t*>(w.reg<uint32_t>(d[j / 2]) + l)[j & 1] = to_half(static_cast<double>(v)).bits;
+      if (d_count == 4)
+        w.reg<float>(d[j])[l] = v;
+      else
+        reinterpret_cast<uint16_t*>(w.reg<uint32_t>(d[j / 2]) + l)[j & 1] = to_half(static_cast<double>(v)).bits;
     }
   w.cta->cluster->launch->counters.tensor_macs += static_cast<uint64_t>(16 * 8 * k_size);
   return Flow::kNext;
@@ -79,7 +82,10 @@ void decode_mma(Decoder& d, const Statement& s, Instr& i) {
   for (size_t k = 1; k < s.words.size(); ++k)
     if (parse_type(s.words[k], &result)) break;
   const bool half_sum = result.kind == Kind::kHalf;
-  i.flags = static_cast<uint8_t>(static_cast<uint8_t>(tf32 ? Element::kTf32 : bf16 ? Element::kBFloat : Element::kHalf) | (half_sum ? kHalfSum : 0));
+  i.flags = static_cast<uint8_t>(static_cast<uint8_t>(tf32   ? Element::kTf32
+                                                      : bf16 ? Element::kBFloat
+                                                             : Element::kHalf) |
+                                 (half_sum ? kHalfSum : 0));
   std::vector<uint32_t> registers(2);
   const Type word{Kind::kBits, 4};
   for (int operand = 0; operand < 4; ++operand) {
@@ -109,8 +115,10 @@ Flow matrix_move(Warp& w, const Instr& i, Mask m) {
       for (int j = 0; j < 2; ++j) {
         const int row = i.flags ? 2 * (l % 4) + j : l / 4, column = i.flags ? l / 4 : 2 * (l % 4) + j;
         auto* in_register = reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[k]) + l) + 2 * j;
-        if (kLoading) std::memcpy(in_register, rows[row] + 2 * column, 2);
-        else std::memcpy(rows[row] + 2 * column, in_register, 2);
+        if (kLoading)
+          std::memcpy(in_register, rows[row] + 2 * column, 2);
+        else
+          std::memcpy(rows[row] + 2 * column, in_register, 2);
       }
   }
   if (!kLoading) ++w.cta->cluster->launch->progress;
@@ -147,7 +155,8 @@ void decode_movmatrix(Decoder& d, const Statement& s, Instr& i) {
   i.exec = transpose;
 }
 
-const Opcodes opcodes{{"mma", decode_mma}, {"ldmatrix", decode_matrix<true>}, {"stmatrix", decode_matrix<false>}, {"movmatrix", decode_movmatrix}};
+const Opcodes opcodes{
+    {"mma", decode_mma}, {"ldmatrix", decode_matrix<true>}, {"stmatrix", decode_matrix<false>}, {"movmatrix", decode_movmatrix}};
 
 }  // namespace
 }  // namespace gpusim

@@ -22,8 +22,7 @@ bool whole_warp(Warp& w, const Instr& i, Mask m) {
 // PTX ISA 9.7.15.5.1.2: a matrix in shared memory. W: 16-byte chunks per swizzled row, 1 without swizzle.
 struct Descriptor {
   uint32_t start, leading, stride, W;
-  explicit Descriptor(uint64_t d)
-      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+  explicit Descriptor(uint64_t d) : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
     static constexpr uint32_t chunks[4] = {1, 8, 4, 2};
     W = chunks[d >> 62];
   }
@@ -35,7 +34,8 @@ struct Descriptor {
       at = W > 1 ? (r % 8) * 16 * W + (r / 8) * stride + kk / n * 16 : (r % 8) * 16 + (r / 8) * stride + kk / n * leading;
     } else {
       const uint32_t c = r / n;
-      at = W > 1 ? (c % W) * 16 + (c / W) * leading + (kk % 8) * 16 * W + (kk / 8) * stride : c * stride + (kk % 8) * 16 + (kk / 8) * leading;
+      at = W > 1 ? (c % W) * 16 + (c / W) * leading + (kk % 8) * 16 * W + (kk / 8) * stride
+                 : c * stride + (kk % 8) * 16 + (kk / 8) * leading;
     }
     at += start;
     return at ^ ((at >> 7 & (W - 1)) << 4);
@@ -72,14 +72,14 @@ const uint8_t* chunk_bytes(const Product& p, uint32_t offset, bool check) {
 }
 
 // Rows [first, first + rows) of an operand, as rows x k floats (K-major) in `out`, with `pitch` floats from k to k + 1.
-void gather(const Product& p, uint64_t descriptor, int first, int rows, int k_size, Element e, bool mn_major, float* out, int pitch, bool check) {
+void gather(const Product& p, uint64_t descriptor, int first, int rows, int k_size, Element e, bool mn_major, float* out, int pitch,
+            bool check) {
   const Descriptor d(descriptor);
   const int per_chunk = e == Element::kTf32 ? 4 : 8;
   for (int k = 0; k < k_size; k += mn_major ? 1 : per_chunk)
     for (int r = 0; r < rows; r += mn_major ? per_chunk : 1) {
       const uint8_t* chunk = chunk_bytes(p, d.chunk(first + r, k, per_chunk, mn_major), check);
-      for (int j = 0; j < per_chunk && out; ++j)
-        out[mn_major ? k * pitch + r + j : (k + j) * pitch + r] = load_element(e, chunk, j);
+      for (int j = 0; j < per_chunk && out; ++j) out[mn_major ? k * pitch + r + j : (k + j) * pitch + r] = load_element(e, chunk, j);
     }
 }
 
@@ -95,8 +95,10 @@ void multiply(const Product& p) {
         for (int half = 0; half < (e == Element::kTf32 ? 1 : 2); ++half) {
           const uint32_t bits = p.a_registers[j][l];
           const int r = l / 4 + 8 * (j & 1);
-          if (e == Element::kTf32) A[l % 4 + 4 * (j >> 1)][r] = tf32(bits);
-          else A[2 * (l % 4) + 8 * (j >> 1) + half][r] = element(e, static_cast<uint16_t>(bits >> (16 * half)));
+          if (e == Element::kTf32)
+            A[l % 4 + 4 * (j >> 1)][r] = tf32(bits);
+          else
+            A[2 * (l % 4) + 8 * (j >> 1) + half][r] = element(e, static_cast<uint16_t>(bits >> (16 * half)));
         }
   } else {
     gather(p, p.a, row, 16, k_size, e, i.flags & kTransposeA, &A[0][0], 16, false);
@@ -107,8 +109,10 @@ void multiply(const Product& p) {
     for (int j = 0; j < n / 2; ++j)
       for (int l = 0; l < kLanes; ++l) f(w.reg<float>(i.list[2 + j])[l], C[l / 4 + 8 * (j >> 1 & 1)][8 * (j / 4) + 2 * (l % 4) + (j & 1)]);
   };
-  if (p.keep) each([](float& reg, float& c) { c = reg; });
-  else std::memset(C, 0, sizeof(C));
+  if (p.keep)
+    each([](float& reg, float& c) { c = reg; });
+  else
+    std::memset(C, 0, sizeof(C));
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < k_size; ++k) {
       const float a = sign * A[k][r];
@@ -123,7 +127,8 @@ Flow mma_async(Warp& w, const Instr& i, Mask m) {
   p.w = &w;
   p.i = &i;
   if (i.flags & kARegisters) {
-    for (int j = 0; j < 4; ++j) std::memcpy(p.a_registers[j], w.reg<uint32_t>(i.list[2 + i.list[0] + static_cast<uint32_t>(j)]), sizeof(p.a_registers[j]));
+    for (int j = 0; j < 4; ++j)
+      std::memcpy(p.a_registers[j], w.reg<uint32_t>(i.list[2 + i.list[0] + static_cast<uint32_t>(j)]), sizeof(p.a_registers[j]));
   } else {
     p.a = w.reg<uint64_t>(i.a)[0];
   }
@@ -137,8 +142,10 @@ Flow mma_async(Warp& w, const Instr& i, Mask m) {
   w.cta->cluster->launch->counters.tensor_macs += 16ull * 8 * i.count * i.width;
   AsyncState& state = queue(w).state(w);
   // In order: early only when nothing before it waits.
-  if (state.products_open.operations.empty() && state.products_done == state.products_committed && queue(w).now()) multiply(p);
-  else state.products_open.operations.push_back([p] { multiply(p); });
+  if (state.products_open.operations.empty() && state.products_done == state.products_committed && queue(w).now())
+    multiply(p);
+  else
+    state.products_open.operations.push_back([p] { multiply(p); });
   return Flow::kNext;
 }
 

@@ -1,0 +1,164 @@
+"""The op table on a simulated GPU: csrc/ops over the CUDA kernels' PTX, for compute capabilities 8.0 and 9.0.
+
+Everything the simulator checks (bounds, races, reads before writes, deadlock) is checked on the way. What a test of another
+device would need many draws for (results of a few numbers) is left to whole numbers, which are compared exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import plain_ops
+import pytest
+import torch
+from error_rule import check_error_rule
+from gpusim.harness import folder, needs_nvcc
+from op_table import CASES, Case, Inputs, Maker, layer, mm_case, results_and_gradients
+
+from moe_ext.testing import SimulatedGpu, simulated_gpu
+
+pytestmark = needs_nvcc
+
+FEW_NUMBERS = ("tiny_bias", "single_token", "k_is_1", "all_dropped", "no_tokens", "no_rows")
+LAYER_OPS = ("grouped_forward", "_grouped")
+MODES = [{"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "late", "SCHED": "2"}]
+
+# Shapes that every kernel of sm_90a accepts: multiples of 8, with tails in each direction of every tile; the last two fill
+# the tiles of the cooperative kernel and its clusters.
+HOPPER = {
+    "grouped_mm": {
+        "small": mm_case("grouped_mm", T=100, inputs=64, outputs=72),
+        "tails": mm_case("grouped_mm", T=150, E=5, inputs=200, outputs=136),
+        "transposed_tails": mm_case("grouped_mm", T=150, E=3, inputs=72, outputs=264, transposed=True),
+        "large": mm_case("grouped_mm", T=400, E=2, inputs=136, outputs=264),
+        "transposed_large": mm_case("grouped_mm", T=400, E=2, inputs=72, outputs=200, transposed=True),
+    },
+    "grouped_mm_wgrad": {
+        "tails": mm_case("grouped_mm_wgrad", T=150, E=9, inputs=136, outputs=264),
+        "empty_experts": mm_case("grouped_mm_wgrad", T=150, E=8, inputs=200, outputs=136, ids="sparse"),
+    },
+    "grouped_forward": {
+        "hopper": layer(T=70, K=2, E=4, H=64, I=72),
+        "hopper_transposed_bias": layer(T=70, K=2, E=4, H=72, I=64, transposed=True, bias=True, ids="dropped"),
+    },
+}
+# No row begins at a multiple of 16 bytes: elements are loaded one by one.
+ODD = {
+    "unaligned": mm_case("grouped_mm", inputs=21, outputs=35, bias=True),
+    "unaligned_transposed": mm_case("grouped_mm", inputs=21, outputs=35, transposed=True),
+}
+
+
+class OwnCase(Case):
+    """A case of the tables of this file, under the name of its op."""
+
+    def inputs(self, dtype: torch.dtype, integers: bool = False, draw: int = 0) -> Inputs:
+        return {**HOPPER[self.op], **ODD}[self.label](Maker(dtype, f"{self}/{draw}", integers))
+
+
+HOPPER_CASES = [OwnCase(op, label) for op, labels in HOPPER.items() for label in labels]
+ODD_CASES = [OwnCase("grouped_mm", label) for label in ODD]
+
+
+@pytest.fixture
+def ampere() -> Iterator[SimulatedGpu]:
+    with simulated_gpu(folder(), 80) as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def hopper() -> Iterator[SimulatedGpu]:
+    with simulated_gpu(folder(), 90) as gpu:
+        yield gpu
+
+
+def ran(gpu: SimulatedGpu, word: str) -> bool:
+    return any(word in launch["kernel"] for launch in gpu.take_launches())
+
+
+@pytest.mark.parametrize("case", [*(c for c in CASES if c.label not in FEW_NUMBERS), *ODD_CASES], ids=str)
+def test_error_is_at_most_twice_that_of_plain_pytorch(case: Case, ampere: SimulatedGpu) -> None:
+    dtypes = (torch.bfloat16,) if case.op.startswith(LAYER_OPS) else (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes:
+        check_error_rule(case, dtype, "cpu")
+        assert ampere.take_launches(), "nothing ran on the simulated GPU"
+
+
+def is_exact(case: Case) -> bool:
+    """Whole numbers stay whole: without an activation, and with those that are piecewise polynomials."""
+    activation = case.inputs(torch.float32, integers=True)[1].get("activation", "silu")
+    return not any(w in case.op for w in ("grouped_forward", "grouped_backward", "activation")) or activation in ("relu", "relu2")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if is_exact(c)], ids=str)
+def test_whole_numbers_are_exact(case: Case, ampere: SimulatedGpu) -> None:
+    for dtype in (torch.float32, torch.float64):
+        args, kwargs = case.inputs(dtype, integers=True)
+        new = results_and_gradients(case, case.function, args, kwargs)
+        for n, t in zip(new, results_and_gradients(case, case.entry.reference, args, kwargs), strict=True):
+            assert torch.equal(n, t)
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_kernels_of_9_0(case: OwnCase, hopper: SimulatedGpu) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        check_error_rule(case, dtype, "cpu")
+        assert ran(hopper, "GemmUniversal")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", HOPPER_CASES[:-1], ids=str)
+def test_any_order_of_events(case: OwnCase, architecture: int, mode: dict[str, str]) -> None:
+    """Asynchronous work early, late and in between, warps in other orders: the same bits."""
+    with simulated_gpu(folder(), architecture):
+        args, kwargs = case.inputs(torch.bfloat16)
+        expected = results_and_gradients(case, case.function, args, kwargs)
+    with simulated_gpu(folder(), architecture, **mode):
+        args, kwargs = case.inputs(torch.bfloat16)
+        found = results_and_gradients(case, case.function, args, kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def many_ids(dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """More slots than one block sorts."""
+    return Maker(torch.float32, "many").ids("dropped", 4400, 4, 37, dtype), 37
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_sort_of_many_slots(dtype: torch.dtype, ampere: SimulatedGpu) -> None:
+    ids, E = many_ids(dtype)
+    for n, p in zip(torch.ops.moe.sort_by_expert(ids, E), plain_ops.sort_by_expert(ids, E), strict=True):
+        assert torch.equal(n, p)
+    assert ran(ampere, "place_kernel")
+
+
+def test_every_kernel_runs() -> None:
+    """The list of kernels in the library against the list of kernels that ran."""
+    seen: set[str] = set()
+    operations = ("permute", "unpermute", "unpermute_backward", "sort_by_expert", "grouped_bias_grad", "gated_activation")
+    chosen = [c for c in CASES if c.op in (*operations, "gated_activation_backward") and c.label != "no_rows"]
+    chosen += [Case("grouped_forward", "gpt_oss"), Case("grouped_mm.list", "bias"), Case("grouped_mm", "transposed")]
+    chosen += [Case("grouped_mm_wgrad", "default"), Case("_grouped_backward", "all")]
+    for architecture in (80, 90):
+        with simulated_gpu(folder(), architecture) as gpu:
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                for case in [*chosen, *ODD_CASES, *(HOPPER_CASES if dtype.itemsize == 2 else HOPPER_CASES[1:2])]:
+                    args, kwargs = case.inputs(dtype)
+                    case.function(*args, **kwargs)
+            for ids in (torch.int32, torch.int64):
+                torch.ops.moe.sort_by_expert(*many_ids(ids))
+            seen |= {launch["kernel"] for launch in gpu.take_launches()}
+            missing = set(gpu.kernels()) - seen
+    assert not missing, "\n".join(sorted(missing))
+
+
+def test_the_cpu_kernels_are_back_afterwards() -> None:
+    case = Case("permute", "default")
+    with simulated_gpu(folder(), 80) as gpu:
+        args, kwargs = case.inputs(torch.float32)
+        case.function(*args, **kwargs)
+        assert len(gpu.take_launches()) == 1
+    args, kwargs = case.inputs(torch.float32)
+    case.function(*args, **kwargs)
+    assert gpu.take_launches() == []
