@@ -20,11 +20,11 @@ import torch
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from error_rule import check_error_rule
-from gpusim.harness import folder
-from op_table import CASES, Case
+from error_rule import check_error_rule  # noqa: E402
+from op_table import CASES, Case  # noqa: E402
 
-from moe_ext.testing import SimulatedGpu, SimulationError, simulated_gpu
+from gpusim.harness import folder  # noqa: E402
+from moe_ext.testing import SimulatedGpu, SimulationError, simulated_gpu  # noqa: E402
 
 MODES: list[dict[str, str]] = [{"ASYNC": "late"}, {"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "2", "SCHED": "2"}]
 
@@ -52,19 +52,19 @@ MUTATIONS = [
     Mutation("sort: second barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync", 1),
     Mutation("sort: another lane's rank", 80, "sort_by_expert-random_int64", "sort_kernel", "popc.b32", 0, "popc=>brev"),
     Mutation("block sum: barrier dropped", 80, "unpermute_backward-default", "unpermute_backward", "bar.sync"),
-    Mutation("block sum: shuffle distance", 80, "unpermute_backward-default", "unpermute_backward", "shfl.sync.down", 1, ", 8, =>, 4, "),
-    Mutation("unpermute: weight not multiplied", 80, "unpermute-weighted", "16unpermute_kernel", "fma.rn.f32", 0, "fma.rn=>fma.rz"),
+    Mutation("block sum: shuffle distance", 80, "unpermute_backward-default", "unpermute_backward", "shfl.sync.down", 1, "down=>up"),
+    Mutation("unpermute: a row not added", 80, "unpermute-weighted", "16unpermute_kernel", "fma.rn.f32", 4),
     Mutation("mma.sync: copies not waited for", 80, "grouped_mm-large", SM80, "cp.async.wait_group"),
-    Mutation("mma.sync: copies not waited for in the loop", 80, "grouped_mm-large", SM80, "cp.async.wait_group", 1),
+    Mutation("mma.sync: one stage too few waited for", 80, "grouped_mm-large", SM80, "cp.async.wait_group", 0, " 2=> 3"),
     Mutation("mma.sync: barrier of the loop dropped", 80, "grouped_mm-large", SM80, "bar.sync"),
     Mutation("mma.sync: a product dropped", 80, "grouped_mm-large", SM80, "mma.sync", 3),
     Mutation("mma.sync: a fragment of another matrix", 80, "grouped_mm-large", SM80, "ldmatrix", 1, ".x4.shared=>.x4.trans.shared"),
     Mutation("mma.sync: a copy dropped", 80, "grouped_mm-large", SM80, "cp.async.cg", 1),
     Mutation("wgrad mma.sync: barrier dropped", 80, "grouped_mm_wgrad-tails", WGRAD, "bar.sync"),
-    Mutation("wgrad mma.sync: copies not waited for", 80, "grouped_mm_wgrad-tails", WGRAD, "cp.async.wait_group", 1),
+    Mutation("wgrad mma.sync: copies not waited for", 80, "grouped_mm_wgrad-tails", WGRAD, "cp.async.wait_group"),
     Mutation("wgmma: a product dropped", 90, "grouped_mm-tails", SM90, "wgmma.mma_async"),
-    Mutation("wgmma: accumulators not reset", 90, "grouped_mm-tails", SM90, "wgmma.mma_async", 0, "p, 1, 1=>1, 1, 1"),
-    Mutation("wgmma: B read transposed", 90, "grouped_mm-tails", SM90, "wgmma.mma_async", 1, "0, 0;=>0, 1;"),
+    Mutation("wgmma: accumulators reset within a tile", 90, "grouped_mm-tails", SM90, "setp.ne.b32 p", 1, ", 0=>, 1"),
+    Mutation("wgmma: A negated", 90, "grouped_mm-tails", SM90, "wgmma.mma_async", 1, "p, 1, 1=>p, -1, 1"),
     Mutation("TMA: load of an operand dropped", 90, "grouped_mm-tails", SM90, "cp.async.bulk.tensor"),
     Mutation("TMA: full barrier not waited for", 90, "grouped_mm-tails", SM90, "mbarrier.try_wait", 3, "true"),
     Mutation("TMA: number of bytes not announced", 90, "grouped_mm-tails", SM90, "mbarrier.arrive.expect_tx"),
@@ -118,6 +118,12 @@ def caught_by(m: Mutation, modes: list[dict[str, str]] | None = None) -> str:
     return ""
 
 
+def kernels_of_9_0() -> bool:
+    """Whether the library has the CUTLASS kernels."""
+    with simulated_gpu(folder()) as gpu:
+        return any(SM90 in kernel for kernel in gpu.kernels())
+
+
 def table(mutations: list[Mutation]) -> str:
     rows = ["| mutation | kernel | caught |", "|---|---|---|"]
     for m in mutations:
@@ -130,7 +136,11 @@ def table(mutations: list[Mutation]) -> str:
 def sweep() -> list[Mutation]:
     """Every synchronising statement of the kernels above, each dropped (a wait with a predicate: taken as true)."""
     found = []
-    for architecture, case, kernel in ((80, "grouped_mm-large", SM80), (80, "grouped_mm_wgrad-tails", WGRAD), (90, "grouped_mm-large", SM90)):
+    for architecture, case, kernel in (
+        (80, "grouped_mm-large", SM80),
+        (80, "grouped_mm_wgrad-tails", WGRAD),
+        (90, "grouped_mm-large", SM90),
+    ):
         for text in SYNCHRONISING:
             for k in range(count(architecture, case, kernel, text)):
                 action = "true" if text == "mbarrier.try_wait" else "drop"

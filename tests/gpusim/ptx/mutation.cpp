@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "module.h"
+
 namespace gpusim {
 
 Mutation::Mutation(const std::string& function) : function_(function) {
@@ -40,7 +42,9 @@ void Mutation::apply(std::string* statement) {
     *statement = statement->substr(0, guard) + "mov.pred " + statement->substr(begin, end - begin) + (action_ == "true" ? ", 1" : ", 0");
   } else if (const size_t arrow = action_.find("=>"); arrow != std::string::npos) {
     const std::string from = action_.substr(0, arrow);
-    if (const size_t at = statement->find(from); at != std::string::npos) statement->replace(at, from.size(), action_.substr(arrow + 2));
+    const size_t at = statement->find(from);
+    if (at == std::string::npos) throw Failure{"GPUSIM_MUTATE does not apply to: " + *statement};
+    statement->replace(at, from.size(), action_.substr(arrow + 2));
   }
 }
 
