@@ -7,6 +7,7 @@ Both lie in build/gpusim and are made again only when something they depend on h
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import toolchain
+from .ninja_file import write_if_changed
 from .plan import read_jobs
 from .products import NVCC_FLAGS
 
@@ -117,10 +119,11 @@ def build(kernels: bool = True) -> Libraries:
         kernel_lines(lines, toolchain.find_cuda(os.environ), compiler)
     file = ROOT / FOLDER / "build.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file() or file.read_text() != "\n".join(lines) + "\n":
-        file.write_text("\n".join(lines) + "\n")
     command = [ninja, "-C", str(ROOT), "-f", str(FOLDER / "build.ninja"), f"-j{read_jobs(os.environ)}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with open(file.parent / "lock", "w") as lock:  # two test runs may come at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_if_changed(file, "\n".join(lines) + "\n")
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line[:400] for line in (done.stdout + done.stderr).splitlines()]
         raise toolchain.BuildError("The simulator could not be built:\n" + "\n".join(said[-40:]))
