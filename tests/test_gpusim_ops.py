@@ -152,7 +152,7 @@ def test_every_kernel_runs() -> None:
             for ids in (torch.int32, torch.int64):
                 torch.ops.moe.sort_by_expert(*many_ids(ids))
             seen |= {launch["kernel"] for launch in gpu.take_launches()}
-            missing = set(gpu.kernels()) - seen
+            missing = {name for name in gpu.kernels() if "_instructions_cu_" not in name} - seen  # those of another test file
     assert not missing, "\n".join(sorted(missing))
 
 
