@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_lora import peak_bytes
 from bitsandbytes.nn import Linear4bit
 from harness import Candidate, machine, markdown_table, measure, milliseconds, write
 from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
 from moe_ext import functional, testing
+from moe_ext.demo import peak_bytes
 from moe_ext.experts import ExpertWeights
 from moe_ext.integrations.bitsandbytes import DenseCache, Quantized4bit, read
 

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +24,7 @@ from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import functional, testing
+from moe_ext.demo import peak_bytes
 from moe_ext.experts import ExpertWeights
 from moe_ext.integrations.peft import project, unwrap
 
@@ -137,24 +134,6 @@ def step(experts: Experts, factors: list[nn.Parameter], inputs: tuple[Tensor, Te
     leaves, cotangent = [x.detach().requires_grad_(), w.detach().requires_grad_(), *factors], torch.randn_like(x)
     # The loop leaves experts without tokens without a gradient.
     return lambda: torch.autograd.grad(experts(leaves[0], index, leaves[1]), leaves, cotangent, allow_unused=True)
-
-
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Bytes of tensors alive at the peak of a call, beyond what was alive before it; None where torch has no profiler."""
-    if not torch.profiler.kineto_available():
-        return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes about itself to stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    alive = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
 
 
 def run_row(layer: Layer, tokens: int, args: argparse.Namespace) -> dict[str, Any]:

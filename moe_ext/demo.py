@@ -15,7 +15,9 @@ import statistics
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -183,13 +185,18 @@ def train(runs: tuple[Run, Run], text: bytes, size: Size, steps: int, seed: int)
             bar.set_postfix_str(f"loss {runs[0].losses[-1]:.4f} | {runs[1].losses[-1]:.4f}", refresh=False)
             bar.update()
     for run in runs:
-        run.step_memory = step_memory(run.model, tokens)
+        run.step_memory = peak_bytes(partial(_backward, run.model, tokens))
+        run.model.zero_grad()
 
 
-def step_memory(model: torch.nn.Module, tokens: torch.Tensor) -> int | None:
-    """Bytes of tensors alive at the peak of one forward and backward beyond what was alive before: activations and gradients.
+def _backward(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    model(input_ids=tokens, labels=tokens).loss.backward()
 
-    Counted by PyTorch's own profiler from each allocation and release; None where it was built without. No optimizer step is taken.
+
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """Bytes of tensors alive at the peak of a call, beyond what was alive before it: activations and gradients of a step, for example.
+
+    Counted by PyTorch's own profiler from each allocation and release; None where it was built without.
     """
     import json
     import tempfile
@@ -198,8 +205,7 @@ def step_memory(model: torch.nn.Module, tokens: torch.Tensor) -> int | None:
         return None
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes about itself to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    model.zero_grad()
+        call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))

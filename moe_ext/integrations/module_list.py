@@ -38,8 +38,6 @@ class Listed:
     projections: tuple[str | None, str, str]
     _proven: frozenset[tuple[type, ...]] | None = field(default=None, repr=False, compare=False)
     _snapshot: _Snapshot | None = field(default=None, repr=False, compare=False)
-
-    layout = "module list"
     #: Dense copies of 4-bit weights, where the user wants them kept between calls.
     cache: bitsandbytes.DenseCache | None = field(default=None, repr=False, compare=False)
 

@@ -26,8 +26,6 @@ class Stacked:
     gate_up_bias: str | None = None
     down_bias: str | None = None
 
-    layout = "stacked"
-
     def read(self, module: nn.Module, like: Tensor | None = None) -> ExpertWeights | str:
         gate_up, down, gate_up_bias, down_bias = (
             None if name is None else _tensor(module, name) for name in (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
@@ -50,8 +48,6 @@ class Separate:
     projections: tuple[str | None, str, str]
     transposed: tuple[bool, bool, bool]
     experts: int | None = None
-
-    layout = "separate stacks"
 
     def read(self, module: nn.Module, like: Tensor | None = None) -> ExpertWeights | str:
         found: list[list[Tensor] | None] = []

@@ -1,6 +1,6 @@
 """What replaces a method of a module that transformers' registry does not reach, on that instance alone.
 
-A `Cut` says where: a method that receives the routing (`Call`), a loop inside a method (`Loop`), or a grouped linear layer. The
+A `Cut` says where: a method that receives the routing, or a loop inside one (`Experts`), or a grouped linear layer (`Linear`). The
 weights are read at each call; where they cannot be used, the module's own method runs, and the reason is logged once.
 """
 
