@@ -1,8 +1,8 @@
 """Gradients and autocast of every op.
 
 `grouped_forward` saves x (only when a gradient of the up projection is needed), the pre-activation rows, the routing and its
-int32 maps; the weights are saved by reference. Without a needed gradient nothing extra is computed or kept. Second derivatives
-raise instead of being wrong.
+int32 maps; with `recompute` x and the routing only. Weights are saved by reference. Without a needed gradient nothing extra is
+computed or kept. Second derivatives raise instead of being wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Stacked:
 
     public, train, backward = moe.grouped_forward.default, moe._grouped_forward_train.default, moe._grouped_backward.default
     groups = (Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS, Needs.GATE_UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.DOWN_BIAS)
-    projections = (3, 4, 6)  # what the backward takes: gate_up_proj, down_proj, down_bias
+    projections, up_biases = (3, 4, 5, 6), (5,)  # what the backward takes; what of it only recomputation reads
     options = ("activation", "gated", "transposed", "interleaved", "alpha", "limit")
 
 
@@ -39,7 +39,7 @@ class _Listed:
         Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS,
         Needs.GATE_UP, Needs.UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.UP_BIAS, Needs.DOWN_BIAS,
     )  # fmt: skip
-    projections = (3, 4, 5, 8)
+    projections, up_biases = (3, 4, 5, 6, 7, 8), (6, 7)
     options = ("activation", "gated", "alpha", "limit")
 
 
@@ -64,9 +64,10 @@ class _GroupedForward(torch.autograd.Function):
             if bit is not None and any(needed[start : start + width]):
                 needs |= bit
             start += width
-        keep_x = bool(needs & (Needs.GATE_UP | Needs.UP))
-        kept = [args[i] for i in layout.projections]
-        ctx.save_for_backward(args[0] if keep_x else None, args[2], pre_act, *maps, *_flatten(kept)[0])
+        recompute = options.get("recompute", False)
+        keep_x = recompute or bool(needs & (Needs.GATE_UP | Needs.UP))
+        kept = [args[i] if recompute or i not in layout.up_biases else None for i in layout.projections]
+        ctx.save_for_backward(args[0] if keep_x else None, args[2], None if recompute else pre_act, *maps, *_flatten(kept)[0])
         ctx.kept_sizes = _flatten(kept)[1]
         ctx.layout, ctx.sizes, ctx.starts, ctx.needs = layout, sizes, starts, needs
         ctx.options = _DEFAULTS | options

@@ -96,11 +96,11 @@ def _(grad, pre_act, *, activation="silu", gated=True, interleaved=False, alpha=
     return pre_act.new_empty(pre_act.shape)
 
 
-def _train(hidden_states: Tensor, top_k_index: Tensor, experts: int, width: int) -> tuple[Tensor, ...]:
+def _train(hidden_states: Tensor, top_k_index: Tensor, experts: int, width: int, recompute: bool) -> tuple[Tensor, ...]:
     """out, pre_act, expert_offsets, row_to_slot, slot_to_row."""
     slots = top_k_index.shape[0] * top_k_index.shape[1]
     ints = [hidden_states.new_empty(n, dtype=torch.int32) for n in (experts + 1, slots, slots)]
-    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(slots, width), *ints
+    return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(0 if recompute else slots, width), *ints
 
 
 @register_fake("moe::grouped_forward")
@@ -116,24 +116,24 @@ def _(hidden_states, top_k_index, top_k_weights, gate, up, down, gate_bias=None,
 @register_fake("moe::_grouped_forward_train")
 def _(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias=None, down_bias=None, **options):
     width = gate_up_proj.shape[2 if options.get("transposed", False) else 1]
-    return _train(hidden_states, top_k_index, gate_up_proj.shape[0], width)
+    return _train(hidden_states, top_k_index, gate_up_proj.shape[0], width, options.get("recompute", False))
 
 
 @register_fake("moe::_grouped_forward_train.list")
 def _(hidden_states, top_k_index, top_k_weights, gate, up, down, gate_bias=None, up_bias=None, down_bias=None, **options):
     width = up[0].shape[0] * (2 if options.get("gated", True) else 1)
-    return _train(hidden_states, top_k_index, len(up), width)
+    return _train(hidden_states, top_k_index, len(up), width, options.get("recompute", False))
 
 
 @register_fake("moe::_grouped_backward")
-def _(grad, hidden_states, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate_up, down, down_bias, **options):
+def _(grad, x, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate_up, down, gate_up_bias, down_bias, **options):
     needs = Needs(options["needs"])
     experts = gate_up.shape[0]
     shapes = {
         Needs.HIDDEN_STATES: grad.shape,
         Needs.GATE_UP: gate_up.shape,
         Needs.DOWN: down.shape,
-        Needs.GATE_UP_BIAS: (experts, pre_act.shape[1]),
+        Needs.GATE_UP_BIAS: (experts, gate_up.shape[2 if options["transposed"] else 1]),
         Needs.DOWN_BIAS: (experts, grad.shape[1]),
     }
     results = {bit: grad.new_empty(size) for bit, size in shapes.items() if bit in needs}
@@ -143,7 +143,7 @@ def _(grad, hidden_states, top_k_weights, pre_act, expert_offsets, row_to_slot, 
 
 
 @register_fake("moe::_grouped_backward.list")
-def _(grad, hidden_states, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate, up, down, down_bias, **options):
+def _(grad, x, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate, up, down, gate_bias, up_bias, down_bias, **options):
     needs = Needs(options["needs"])
     results = []
     if Needs.HIDDEN_STATES in needs:

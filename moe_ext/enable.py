@@ -45,7 +45,11 @@ def register() -> None:
 
 
 def enable(
-    model: nn.Module, strict: bool = False, prove: bool = True, quantized: Literal["recompute", "cache"] = "recompute"
+    model: nn.Module,
+    strict: bool = False,
+    prove: bool = True,
+    quantized: Literal["recompute", "cache"] = "recompute",
+    recompute: bool = False,
 ) -> EnableReport:
     """Makes `moe_ext` compute the experts of `model`, in place; returns what was done, block by block.
 
@@ -54,16 +58,17 @@ def enable(
     whose flags say their layout; of all others nothing is known without it.
     quantized: what is done with 4-bit experts: "recompute" dequantizes, at each forward and backward, those that have tokens, into a
     bounded workspace; "cache" keeps dense copies of all that have had tokens, as long as the packed bytes stay what they were.
+    recompute: train with less memory, as `ExpertSpec.recompute` says; for the blocks that the report calls fused.
     strict: raise EnableError, which holds the report, when any set of experts would be skipped; the model is then as it was.
 
     Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
     in the environment nothing is done, and the report says so. Calling it again examines and proves again.
     """
     with _ONE_AT_A_TIME:
-        return _enable(model, strict, prove, quantized)
+        return _enable(model, strict, prove, quantized, recompute)
 
 
-def _enable(model: nn.Module, strict: bool, prove: bool, quantized: str) -> EnableReport:
+def _enable(model: nn.Module, strict: bool, prove: bool, quantized: str, recompute: bool) -> EnableReport:
     if quantized not in ("recompute", "cache"):
         raise ValueError(f"quantized={quantized!r} is neither 'recompute' nor 'cache'")
     begin = time.perf_counter()
@@ -76,7 +81,7 @@ def _enable(model: nn.Module, strict: bool, prove: bool, quantized: str) -> Enab
             c.report.path, c.report.enabled = "original", False
         return report
     _require_experts(model, candidates)
-    _plan(candidates, prove, quantized)
+    _plan(candidates, prove, quantized, recompute)
     report.note = _note(model, candidates)
     for c in candidates:
         c.report.path = "original" if c.report.reason is not None else c.report.path
@@ -160,7 +165,7 @@ def _is_enabled(found: detect.Found) -> bool:
     )
 
 
-def _plan(candidates: list[_Candidate], prove: bool, quantized: str) -> None:
+def _plan(candidates: list[_Candidate], prove: bool, quantized: str, recompute: bool) -> None:
     """Fills in plan or cuts, figures of the proof, and the reason if it fails. What held for one module is tried first on the next."""
     known: dict[type, list[patch.Cut]] = {}
     for c in candidates:
@@ -168,15 +173,17 @@ def _plan(candidates: list[_Candidate], prove: bool, quantized: str) -> None:
         if found.reason is not None:
             continue
         if found.kind == "decorated":
-            c.plan = stacked.StackedPlan(found.formula, previous=stacked.previous_implementation(found.module), proven=prove)
+            formula = found.formula.with_recompute(recompute) if found.formula is not None else None
+            c.plan = stacked.StackedPlan(formula, previous=stacked.previous_implementation(found.module), proven=prove)
             proof = proofs.attempt(proofs.prove_decorated, found.module, c.plan) if prove else proofs.Proof()
         else:
             c.cuts, proof = proofs.search_and_prove(found, known.get(type(found.module)))
             known[type(found.module)] = c.cuts or known.get(type(found.module), [])
             if c.cuts:
                 c.report.path = "composed" if any(cut.path == "composed" or not _fusable(cut, found.module) for cut in c.cuts) else "fused"
-            for cut in c.cuts:
-                if quantized == "cache" and isinstance(cut, patch.Experts) and isinstance(cut.reader, module_list.Listed):
+            for cut in (cut for cut in c.cuts if isinstance(cut, patch.Experts)):
+                cut.formula = cut.formula.with_recompute(recompute)
+                if quantized == "cache" and isinstance(cut.reader, module_list.Listed):
                     cut.reader.cache = bitsandbytes.DenseCache()
         c.report.figures, c.report.reason = proof.figures, proof.reason
 

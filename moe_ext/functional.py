@@ -45,6 +45,8 @@ def grouped_experts(
 
 def _fused(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
     options = {"activation": spec.activation, "gated": spec.gated, "alpha": spec.alpha, "limit": spec.limit}
+    if spec.recompute:
+        options["recompute"] = True
     if weights.stacked:
         return ops.moe.grouped_forward(
             x, index, w, weights.gate_up_proj, weights.down_proj, weights.gate_up_bias, weights.down_bias,

@@ -17,7 +17,7 @@ class GroupedExperts(nn.Module):
     Parameters carry transformers' names, so checkpoints of stacked experts load by name:
     `gate_up_proj` `[E, 2I, H]` (with gated=False `up_proj` `[E, I, H]`), `down_proj` `[E, H, I]`, with transposed=True
     `[E, H, 2I]` and `[E, I, H]`; with bias=True `gate_up_proj_bias` `[E, 2I]` (`up_proj_bias`) and `down_proj_bias` `[E, H]`.
-    interleaved=True means gate and up alternate along 2I. activation, alpha, limit: see `ExpertSpec`.
+    interleaved=True means gate and up alternate along 2I. activation, alpha, limit, recompute: see `ExpertSpec`.
 
     Weights are initialised per expert as `nn.Linear` does: uniform in +-1/sqrt(fan_in).
     """
@@ -35,6 +35,7 @@ class GroupedExperts(nn.Module):
         bias: bool = False,
         alpha: float | None = None,
         limit: float | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,7 +45,7 @@ class GroupedExperts(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}={size}, expected at least 1")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.spec = ExpertSpec(activation, gated, transposed, interleaved, alpha, limit)
+        self.spec = ExpertSpec(activation, gated, transposed, interleaved, alpha, limit, recompute=recompute)
         self.up_name = "gate_up_proj" if gated else "up_proj"
         width = intermediate_size * (2 if gated else 1)
         for name, out_size, in_size in ((self.up_name, width, hidden_size), ("down_proj", hidden_size, intermediate_size)):
@@ -75,7 +76,7 @@ class GroupedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        flags = [f for f in ("transposed", "interleaved") if getattr(s, f)] + ([] if s.gated else ["ungated"])
+        flags = [f for f in ("transposed", "interleaved", "recompute") if getattr(s, f)] + ([] if s.gated else ["ungated"])
         return ", ".join(
             [f"experts={self.num_experts}", f"hidden={self.hidden_size}", f"intermediate={self.intermediate_size}", s.activation, *flags]
         )

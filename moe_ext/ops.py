@@ -54,6 +54,7 @@ def grouped_forward(
     interleaved: bool = False,
     alpha: float | None = None,
     limit: float | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The expert layer over stacked weights: `out[t] = sum_k w[t,k] * down_e(act(gate_e x[t]) * up_e x[t])`, `e = top_k_index[t,k]`.
 
@@ -62,12 +63,15 @@ def grouped_forward(
     gate_up_proj: `[E, 2I, H]`, rows `[gate | up]`, or alternating with `interleaved`; `[E, I, H]` when not `gated`.
     down_proj: `[E, H, I]`. With `transposed`: `[E, H, 2I]` and `[E, I, H]`. Biases: `[E, 2I]` and `[E, H]`.
     activation, alpha, limit: see `moe_ext.reference.activation`.
+    recompute: training keeps hidden_states and the routing only, 2H bytes per token in bfloat16 instead of 2H + 4KI, and its backward
+    forms the pre-activation again.
     Returns `[T, H]` in the dtype of hidden_states. Gradients flow to hidden_states, top_k_weights, weights and biases, each only
     when needed; a second derivative raises.
     """
     return moe.grouped_forward(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias,
         activation=activation, gated=gated, transposed=transposed, interleaved=interleaved, alpha=alpha, limit=limit,
+        recompute=recompute,
     )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ def grouped_forward_list(
     gated: bool = True,
     alpha: float | None = None,
     limit: float | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """`grouped_forward` over E separate matrices each: gate_proj, up_proj `[I, H]`, down_proj `[H, I]`; biases `[I]`, `[I]`, `[H]`.
 
@@ -93,7 +98,7 @@ def grouped_forward_list(
     """
     return moe.grouped_forward.list(
         hidden_states, top_k_index, top_k_weights, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias,
-        activation=activation, gated=gated, alpha=alpha, limit=limit,
+        activation=activation, gated=gated, alpha=alpha, limit=limit, recompute=recompute,
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def listed(build: Build) -> Build:
     return built
 
 
-def backward_of(build: Build, needs: Needs, is_list: bool = False) -> Build:
+def backward_of(build: Build, needs: Needs, is_list: bool = False, recompute: bool = False) -> Build:
     """Arguments of the backward of a layer, with what its training forward saves."""
 
     def built(m: Maker) -> Inputs:
@@ -128,11 +128,10 @@ def backward_of(build: Build, needs: Needs, is_list: bool = False) -> Build:
         x, ids, w = args[:3]
         train = plain.grouped_forward_train_list if is_list else plain.grouped_forward_train
         _, pre_act, *maps = train(*args, **options)
-        kept_x = x if needs & (Needs.GATE_UP | Needs.UP) else None
+        kept_x = x if recompute or needs & (Needs.GATE_UP | Needs.UP) else None
         full = {"activation": "silu", "gated": True, "alpha": None, "limit": None}
         full |= {} if is_list else {"transposed": False, "interleaved": False}
-        weights = args[3:6] if is_list else args[3:5]
-        return (m.floats(*x.shape), kept_x, w, pre_act, *maps, *weights, args[-1]), full | options | {"needs": int(needs)}
+        return (m.floats(*x.shape), kept_x, w, None if recompute else pre_act, *maps, *args[3:]), full | options | {"needs": int(needs)}
 
     return built
 
@@ -273,11 +272,13 @@ OPS: dict[str, Op] = {
     "_grouped_backward": Op(plain.grouped_backward, (), {
         "all": backward_of(layer(bias=True, ids="dropped"), ALL_STACKED), "gpt_oss": backward_of(layer(**GPT_OSS), ALL_STACKED),
         "frozen": backward_of(layer(), Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS),
+        "recompute": backward_of(layer(bias=True, ids="dropped"), ALL_STACKED, recompute=True),
     }),
     "_grouped_backward.list": Op(plain.grouped_backward_list, (), {
         "all": backward_of(layer(bias=True, ids="dropped"), ALL_LISTED, is_list=True),
         "ungated": backward_of(layer(activation="relu2", gated=False, bias=True), UNGATED, is_list=True),
         "frozen": backward_of(layer(), Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS, is_list=True),
+        "recompute": backward_of(layer(bias=True, ids="dropped"), Needs.HIDDEN_STATES, is_list=True, recompute=True),
     }),
 }  # fmt: skip
 

@@ -160,14 +160,18 @@ def _backward(grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, maps: Any, ups: 
 
 
 def grouped_backward(
-    grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate_up: Tensor, down: Tensor,
-    down_bias: Any = None, **options: Any,
+    grad: Tensor, x: Any, w: Tensor, pre_act: Any, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate_up: Tensor, down: Tensor,
+    gate_up_bias: Any = None, down_bias: Any = None, **options: Any,
 ) -> list[Tensor]:  # fmt: skip
+    if pre_act is None:
+        pre_act = _up_projection(permute(x, r2s, s2r, w.shape[1]), (offsets,), _spec(options), None, gate_up, None, gate_up_bias)
     return _backward(grad, x, w, pre_act, (offsets, r2s, s2r), [gate_up], down, down_bias, options)
 
 
 def grouped_backward_list(
-    grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate: Any, up: Any, down: Any,
-    down_bias: Any = None, **options: Any,
+    grad: Tensor, x: Any, w: Tensor, pre_act: Any, offsets: Tensor, r2s: Tensor, s2r: Tensor, gate: Any, up: Any, down: Any,
+    gate_bias: Any = None, up_bias: Any = None, down_bias: Any = None, **options: Any,
 ) -> list[Tensor]:  # fmt: skip
+    if pre_act is None:
+        pre_act = _up_projection(permute(x, r2s, s2r, w.shape[1]), (offsets,), _spec(options), gate, up, gate_bias, up_bias)
     return _backward(grad, x, w, pre_act, (offsets, r2s, s2r), [gate, up] if options["gated"] else [up], down, down_bias, options)

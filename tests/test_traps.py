@@ -130,11 +130,10 @@ def test_T20_rows_past_the_last_expert_leak_into_nothing(is_list: bool) -> None:
     full: dict[str, Any] = {"activation": "silu", "gated": True, "alpha": None, "limit": None}
     if not is_list:
         full |= {"transposed": False, "interleaved": False}
-    projections = args[3:6] if is_list else args[3:5]
     needs = int(ALL_LISTED if is_list else ALL_STACKED)
 
     def run() -> list[Tensor]:
-        return backward(torch.ones_like(out), args[0], args[2], pre_act, *maps, *projections, args[-1], **full, needs=needs)
+        return backward(torch.ones_like(out), args[0], args[2], pre_act, *maps, *args[3:], **full, needs=needs)
 
     expected = run()
     pre_act[used:] = float("nan")

@@ -24,6 +24,9 @@ struct KernelTable {
   Kernel<GatedActivationBackwardParams> gated_activation_backward;
   Kernel<UnpermuteParams> unpermute;
   Kernel<UnpermuteBackwardParams> unpermute_backward;
+  // Several steps in one, for speed alone: where there is none, or it does not support the parameters, the ops run the steps.
+  Kernel<GroupedUpParams> grouped_up;
+  Kernel<GroupedDownBackwardParams> grouped_down_backward;
 };
 
 }  // namespace moe

@@ -26,11 +26,12 @@ struct WeightTable {
   int64_t stride_n = 0, stride_k = 1;
 };
 
-// E bias vectors of N contiguous elements, or none (base and list both null).
+// E bias vectors of N elements, contiguous unless stride_n says otherwise, or none (base and list both null).
 struct BiasTable {
   const void* base = nullptr;
   int64_t stride_e = 0;
   const void* const* list = nullptr;
+  int64_t stride_n = 1;
   constexpr explicit operator bool() const { return base || list; }
 };
 
@@ -139,6 +140,27 @@ struct GatedActivationBackwardParams {
   void* grad_slot_weights = nullptr;  // [S] in slot order, accumulator dtype, zero for dropped slots; or null
   Rows grad_out;                      // [T, H] gathered; read only with down_bias
   BiasTable down_bias;                // E x (H)
+};
+
+// out[r] = act(gate) * up with gate = x[r] @ gate_proj[e]^T + gate_bias[e], up = x[r] @ up_proj[e]^T + up_bias[e], both rounded to
+// dtype as grouped_mm rounds them: grouped_mm and gated_activation in one pass, whose pre-activation need not reach memory.
+struct GroupedUpParams {
+  DType dtype;
+  Activation activation;                    // gated
+  Rows x;                                   // [T, H], gathered
+  WeightTable gate_proj, up_proj;           // E x (I, H): halves, or every second row or column, of one stack; or two lists
+  BiasTable gate_bias, up_bias;             // E x (I), both or neither
+  const int32_t* expert_offsets = nullptr;  // [E+1]
+  int64_t S = 0, E = 0, H = 0, I = 0;
+  void* pre_act = nullptr;  // [S, 2I] in the layout of activation.interleaved, or null: not wanted
+  void* out = nullptr;      // [S, I]
+};
+
+// gated_activation_backward of grad[r] @ down_proj[e], which is formed here and never reaches memory.
+struct GroupedDownBackwardParams {
+  GatedActivationBackwardParams through;  // `grad` is not read
+  Rows grad;                              // [T, H], gathered: d loss / d out
+  WeightTable down_proj;                  // E x (I, H): outputs and inputs of the product, so swapped against the forward
 };
 
 // out[t] = sum over k, in order, of weights[t*K+k] * rows[slot_to_row[t*K+k]]; a dropped slot adds nothing.

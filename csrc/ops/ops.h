@@ -62,28 +62,31 @@ using TrainResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // out,
 Tensor grouped_forward(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights, const Tensor& gate_up_proj,
                        const Tensor& down_proj, const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias,
                        const std::string& activation, bool gated, bool transposed, bool interleaved, const OptionalDouble& alpha,
-                       const OptionalDouble& limit);
+                       const OptionalDouble& limit, bool recompute);
 TrainResult grouped_forward_train(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                                   const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_bias,
                                   const OptionalTensor& down_bias, const std::string& activation, bool gated, bool transposed,
-                                  bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit);
-TensorList grouped_backward(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights, const Tensor& pre_act,
-                            const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row, const Tensor& gate_up_proj,
-                            const Tensor& down_proj, const OptionalTensor& down_bias, const std::string& activation, bool gated,
+                                  bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit, bool recompute);
+TensorList grouped_backward(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights,
+                            const OptionalTensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot,
+                            const Tensor& slot_to_row, const Tensor& gate_up_proj, const Tensor& down_proj,
+                            const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const std::string& activation, bool gated,
                             bool transposed, bool interleaved, const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
 
 Tensor grouped_forward_list(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                             const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
                             const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias, const OptionalTensorList& down_bias,
-                            const std::string& activation, bool gated, const OptionalDouble& alpha, const OptionalDouble& limit);
+                            const std::string& activation, bool gated, const OptionalDouble& alpha, const OptionalDouble& limit,
+                            bool recompute);
 TrainResult grouped_forward_train_list(const Tensor& hidden_states, const Tensor& top_k_index, const Tensor& top_k_weights,
                                        const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
                                        const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias,
                                        const OptionalTensorList& down_bias, const std::string& activation, bool gated,
-                                       const OptionalDouble& alpha, const OptionalDouble& limit);
+                                       const OptionalDouble& alpha, const OptionalDouble& limit, bool recompute);
 TensorList grouped_backward_list(const Tensor& grad, const OptionalTensor& hidden_states, const Tensor& top_k_weights,
-                                 const Tensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot, const Tensor& slot_to_row,
-                                 const TensorList& gate_proj, const TensorList& up_proj, const TensorList& down_proj,
+                                 const OptionalTensor& pre_act, const Tensor& expert_offsets, const Tensor& row_to_slot,
+                                 const Tensor& slot_to_row, const TensorList& gate_proj, const TensorList& up_proj,
+                                 const TensorList& down_proj, const OptionalTensorList& gate_bias, const OptionalTensorList& up_bias,
                                  const OptionalTensorList& down_bias, const std::string& activation, bool gated,
                                  const OptionalDouble& alpha, const OptionalDouble& limit, int64_t needs);
 

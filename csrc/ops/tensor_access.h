@@ -141,6 +141,12 @@ struct Outputs {
   }
 };
 
+// Whether the device has a kernel for these parameters; asked before results are allocated.
+template <class Params>
+bool is_supported(const Kernel<Params>& kernel, const Params& params) {
+  return kernel.launch && (!kernel.supports || kernel.supports(params) == Status::kOk);
+}
+
 // Launches one kernel of this library's table, or fails with what is missing.
 template <class Params>
 void run(const char* op, const Kernel<Params>& kernel, const Params& params, const Tensor& like, const char* detail) {

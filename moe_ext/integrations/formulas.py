@@ -31,6 +31,9 @@ class Formula:
     def path(self) -> str:
         return "composed" if self.own_gate or self.own_post_norm else "fused"
 
+    def with_recompute(self, recompute: bool) -> Formula:
+        return replace(self, spec=replace(self.spec, recompute=recompute))
+
     def resolve(self, module: nn.Module) -> ExpertSpec:
         """The spec with the module's own functions in it, as they are at this moment."""
         if not (self.own_gate or self.own_post_norm):

@@ -30,7 +30,9 @@ const KernelTable* tables(int* count) {
               isa::gated_activation,          \
               isa::gated_activation_backward, \
               isa::unpermute,                 \
-              isa::unpermute_backward},
+              isa::unpermute_backward,        \
+              {},                             \
+              {}},
   static const KernelTable all[] = {MOE_FOR_EACH_ISA(MOE_TABLE)};
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));
   return all;
