@@ -188,6 +188,17 @@ def run_on(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), "router logits": router.detach(), "gradients": torch.cat(gradients)}
 
 
+def test_an_expert_may_have_its_own_forward_but_not_that_of_another() -> None:
+    model = randomised(Pair(lists.Block), torch.float32)
+    for block in model.layers:
+        block.experts[1].forward = block.experts[1].forward  # bound and put back, as wrappers do that were taken off again
+    assert moe_ext.enable(model).enabled_count == 2
+    moe_ext.disable(model)
+    model.layers[0].experts[1].forward = model.layers[0].experts[2].forward
+    report = moe_ext.enable(model)
+    assert report.enabled_count == 1 and "expert 1 has hooks or a forward of its own" in (report.blocks[0].reason or "")
+
+
 def test_hooks_on_experts_are_called_whenever_they_are_registered() -> None:
     model = randomised(Pair(lists.Block), torch.float32)
     calls: list[int] = []

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..experts import ExpertWeights
 from . import bitsandbytes, peft
 from .parameters import unusable
+from .quiet import is_hooked
 
 #: gate, up and down projection of one expert, by the names that model code uses; other names are told apart by the proof.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -115,14 +116,6 @@ def _kinds(container: nn.Module, projections: tuple[str | None, str, str]) -> fr
         (type(expert), *(type(child) for name, child in expert._modules.items() if name not in projections))
         for expert in container._modules.values()
     )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-        or ("forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward)
-    )  # fmt: skip
 
 
 def _plain(found: _Linears, like: Tensor | None) -> ExpertWeights | str:

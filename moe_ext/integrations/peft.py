@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..experts import ExpertWeights, Projection
+from .quiet import is_hooked
 
 
 # --------------------------------------------------------------------------------------------------- facts about versions of PEFT
@@ -182,7 +183,7 @@ def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters | No
 def _active_factors(layer: Any) -> list[_Factors] | str:
     """What `layer`, of one of the plain classes, adds to its base layer now, in order; or what it does besides, as a reason."""
     parts = layer._modules
-    if _any_hooked(layer, parts["base_layer"]):
+    if is_hooked(layer, parts["base_layer"]):
         return "has hooks or a forward of its own"
     if layer._disable_adapters:
         return "is merged and disabled: PEFT's forward takes the adapter out of the weight" if layer.merged_adapters else []
@@ -199,7 +200,7 @@ def _active_factors(layer: Any) -> list[_Factors] | str:
             return f"has the adapter {name!r}, which is DoRA or another variant of LoRA"
         if dropout.training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1) > 0:
             return f"has dropout on its adapter {name!r}"
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or _any_hooked(a, b, dropout):
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or is_hooked(a, b, dropout):
             return f"has other modules than linear layers, or hooks, in its adapter {name!r}"
         if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
             return f"has a bias in its adapter {name!r}"
@@ -211,17 +212,6 @@ def _active_factors(layer: Any) -> list[_Factors] | str:
 
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
-
-
-def _any_hooked(*modules: Any) -> bool:
-    for module in modules:
-        state = module.__dict__
-        if (
-            state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-            or "forward" in state
-        ):  # fmt: skip
-            return True
-    return False
 
 
 def _on_all_experts(entries: Sequence[_Factors | None]) -> LowRank:

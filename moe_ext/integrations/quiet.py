@@ -137,3 +137,16 @@ def replaced_method(module: nn.Module, attribute: str = "forward") -> str | None
         return None
     by = getattr(method, "__qualname__", type(method).__name__)
     return f"its {attribute} was replaced on the instance (by {by} of {getattr(method, '__module__', 'unknown origin')})"
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether a call of one of them does more than its class's forward: it has hooks, or a forward of its own."""
+    for module in modules:
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return True
+        if "forward" in state:
+            forward = state["forward"]
+            if getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module:
+                return True
+    return False
