@@ -1,4 +1,4 @@
-"""Registers, spills and tensor-core instructions of every CUDA kernel, read from a finished build.
+"""Registers, spills, tensor-core instructions and 16-byte accesses of every CUDA kernel, read from a finished build.
 
 `python -m build_tools.kernel_resources` prints them; `--record` writes csrc/kernels/cuda/resources.txt, with which a test compares
 the next build. Registers and spills come from ptxas' reports beside the objects; instructions need cuobjdump (with nvdisasm beside
@@ -22,7 +22,7 @@ from .toolchain import find_nvcc, read_nvcc_version
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS = ROOT / BUILD_FOLDER / "cuda" / "kernels"
 RECORD = ROOT / "csrc" / "kernels" / "cuda" / "resources.txt"
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG")
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "LDG.128", "STG.128", "LD.128", "ST.128")
 
 
 @dataclass
@@ -84,6 +84,12 @@ def read_report(log: str, source: str, table: Table) -> None:
         line.spilled = max(line.spilled, int(stores) + int(loads))
 
 
+def instruction_name(opcode: str) -> str:
+    """HMMA of HMMA.16816.F32, but LDG.128 of LDG.E.128.CONSTANT: accesses count by their width."""
+    name, *modifiers = opcode.strip().split(".")
+    return f"{name}.128" if name in ("LDG", "STG", "LD", "ST") and "128" in modifiers else name
+
+
 def read_instructions(listing: str, source: str, table: Table) -> None:
     sections = re.split(r"^\s*code for (sm_\w+)$", listing, flags=re.MULTILINE)
     for target, section in zip(sections[1::2], sections[2::2], strict=True):
@@ -91,7 +97,7 @@ def read_instructions(listing: str, source: str, table: Table) -> None:
         for demangled, code in zip(demangle(parts[1::2]), parts[2::2], strict=True):
             line = table.line(source, kernel_name(source, demangled), target)
             line.instructions = Counter() if line.instructions is None else line.instructions
-            line.instructions.update(m for m in re.findall(r"\b([A-Z]+)[.\s]", code) if m in INSTRUCTIONS)
+            line.instructions.update(name for name in map(instruction_name, re.findall(r"\b[A-Z]+[.\s]\S*", code)) if name in INSTRUCTIONS)
 
 
 def find_cuobjdump() -> str | None:

@@ -46,9 +46,12 @@ class Product:
 
 
 def gencode_flags(archs: list[Arch], stem: str) -> list[str]:
-    """Targets of one .cu file. *_sm90 uses wgmma, which only 9.0a has; *_sm80 is for every other device. Empty: left out."""
+    """Targets of one .cu file. *_sm90 uses wgmma, which only 9.0a has; *_sm100 is untested, so 10.0a must be named for it; *_sm80 is for
+    every other device. Empty: left out."""
     if stem.endswith("_sm90"):
         return Arch(9, 0, "a").gencode() if any(a.major == 9 for a in archs) else []
+    if stem.endswith("_sm100"):
+        return Arch(10, 0, "a").gencode() if any(a.number == "100a" for a in archs) else []
     chosen = [a for a in archs if a.major != 9] if stem.endswith("_sm80") else archs
     return [flag for a in chosen for flag in a.gencode()]
 

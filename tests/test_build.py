@@ -186,6 +186,9 @@ def test_each_cuda_file_is_compiled_for_its_devices() -> None:
     assert products.gencode_flags(plan.parse_archs("9.0")[0], "grouped_mm_sm90") == hopper
     assert products.gencode_flags(plan.parse_archs("8.0")[0], "grouped_mm_sm90") == []
     assert products.gencode_flags(plan.parse_archs("9.0a")[0], "grouped_mm_sm80") == []
+    for without in ("8.0+PTX;9.0a", "10.0", "10.0f", "12.0a"):
+        assert products.gencode_flags(plan.parse_archs(without)[0], "grouped_mm_sm100") == []
+    assert products.gencode_flags(plan.parse_archs("9.0a;10.0a")[0], "grouped_mm_sm100") == ["-gencode", "arch=compute_100a,code=sm_100a"]
 
 
 def test_max_jobs() -> None:

@@ -6,6 +6,7 @@ device would need many draws for (results of a few numbers) is left to whole num
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import plain_ops
@@ -14,7 +15,21 @@ import torch
 from error_rule import check_error_rule
 from gpusim.harness import folder, needs_nvcc
 from gpusim.mutations import kernels_of_9_0
-from op_table import CASES, Case, Inputs, Maker, layer, mm_case, results_and_gradients
+from op_table import (
+    ACTIVATIONS,
+    ALL_STACKED,
+    CASES,
+    Build,
+    Case,
+    Inputs,
+    Maker,
+    activation_case,
+    backward_of,
+    layer,
+    mm_case,
+    results_and_gradients,
+    rows_case,
+)
 
 from moe_ext.testing import SimulatedGpu, simulated_gpu
 
@@ -43,10 +58,58 @@ HOPPER = {
         "hopper_transposed_bias": layer(T=70, K=2, E=4, H=72, I=64, transposed=True, bias=True, ids="dropped"),
     },
 }
+
+
+def unaligned_view(build: Build) -> Build:
+    """The first argument as columns of a wider matrix."""
+
+    def built(m: Maker) -> Inputs:
+        (x, *others), options = build(m)
+        wide = x.new_full((x.shape[0], x.shape[1] + 8), float("nan"))
+        return (wide[:, 3:-5].copy_(x), *others), options
+
+    return built
+
+
 # No row begins at a multiple of 16 bytes: elements are loaded one by one.
 ODD = {
-    "unaligned": mm_case("grouped_mm", inputs=21, outputs=35, bias=True),
-    "unaligned_transposed": mm_case("grouped_mm", inputs=21, outputs=35, transposed=True),
+    "grouped_mm": {
+        "unaligned": mm_case("grouped_mm", inputs=21, outputs=35, bias=True),
+        "unaligned_transposed": mm_case("grouped_mm", inputs=21, outputs=35, transposed=True),
+        "unaligned_results": mm_case("grouped_mm", T=150, inputs=64, outputs=131, bias=True),
+    },
+    "grouped_mm_wgrad": {"unaligned_results": mm_case("grouped_mm_wgrad", T=150, inputs=64, outputs=131)},
+    "permute": {"unaligned": rows_case("permute", H=301), "unaligned_view": unaligned_view(rows_case("permute", H=256))},
+    "unpermute": {"unaligned": rows_case("unpermute", H=301, weighted=True)},
+    "unpermute_backward": {
+        "unaligned": rows_case("unpermute_backward", H=301),
+        "unaligned_view": unaligned_view(rows_case("unpermute_backward", H=256)),
+    },
+    "grouped_bias_grad": {
+        "unaligned": mm_case("grouped_bias_grad", T=150, inputs=37),
+        "unaligned_view": unaligned_view(mm_case("grouped_bias_grad", T=150, inputs=64)),
+    },
+    **{
+        op: {f"{name}_unaligned": activation_case(op.endswith("backward"), I=21, **options) for name, options in ACTIVATIONS.items()}
+        for op in ("gated_activation", "gated_activation_backward")
+    },
+}
+# Rows of whole 16-byte accesses: several rows in a block, a row that fills it, and one that does so more than once; more rows and
+# tokens per expert than are in flight at a time.
+WIDE = {
+    "permute": {"wide": rows_case("permute", H=256), "wide_long": rows_case("permute", T=4, H=8456)},
+    "unpermute": {
+        "wide": rows_case("unpermute", H=64, K=8, E=9, weighted=True),
+        "wide_long": rows_case("unpermute", T=4, H=2120, K=11, E=12, weighted=True),
+    },
+    "unpermute_backward": {"wide": rows_case("unpermute_backward", H=64), "wide_long": rows_case("unpermute_backward", H=2120)},
+    "grouped_bias_grad": {"wide": mm_case("grouped_bias_grad", T=450, E=3, inputs=264)},
+    **{
+        op: {f"{name}_wide": activation_case(op.endswith("backward"), I=72, **options) for name, options in ACTIVATIONS.items()}
+        for op in ("gated_activation", "gated_activation_backward")
+    },
+    "_grouped_backward": {"wide": backward_of(layer(H=2120, I=72, T=9, bias=True, ids="dropped"), ALL_STACKED)},
+    "grouped_mm": {"wide_bias": mm_case("grouped_mm", T=150, inputs=40, outputs=136, bias=True)},
 }
 
 
@@ -54,11 +117,15 @@ class OwnCase(Case):
     """A case of the tables of this file, under the name of its op."""
 
     def inputs(self, dtype: torch.dtype, integers: bool = False, draw: int = 0) -> Inputs:
-        return {**HOPPER[self.op], **ODD}[self.label](Maker(dtype, f"{self}/{draw}", integers))
+        build = next(table[self.op][self.label] for table in (HOPPER, ODD, WIDE) if self.label in table.get(self.op, {}))
+        return build(Maker(dtype, f"{self}/{draw}", integers))
 
 
-HOPPER_CASES = [OwnCase(op, label) for op, labels in HOPPER.items() for label in labels]
-ODD_CASES = [OwnCase("grouped_mm", label) for label in ODD]
+def own_cases(table: dict[str, dict[str, Build]]) -> list[OwnCase]:
+    return [OwnCase(op, label) for op, labels in table.items() for label in labels]
+
+
+HOPPER_CASES, ODD_CASES, WIDE_CASES = own_cases(HOPPER), own_cases(ODD), own_cases(WIDE)
 
 
 @pytest.fixture
@@ -79,7 +146,7 @@ def ran(gpu: SimulatedGpu, word: str) -> bool:
     return any(word in launch["kernel"] for launch in gpu.take_launches())
 
 
-@pytest.mark.parametrize("case", [*(c for c in CASES if c.label not in FEW_NUMBERS), *ODD_CASES], ids=str)
+@pytest.mark.parametrize("case", [*(c for c in CASES if c.label not in FEW_NUMBERS), *ODD_CASES, *WIDE_CASES], ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(case: Case, ampere: SimulatedGpu) -> None:
     dtypes = (torch.bfloat16,) if case.op.startswith(LAYER_OPS) else (torch.float32, torch.bfloat16, torch.float16)
     for dtype in dtypes:
@@ -93,7 +160,7 @@ def is_exact(case: Case) -> bool:
     return not any(w in case.op for w in ("grouped_forward", "grouped_backward", "activation")) or activation in ("relu", "relu2")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if is_exact(c)], ids=str)
+@pytest.mark.parametrize("case", [c for c in [*CASES, *ODD_CASES, *WIDE_CASES] if is_exact(c)], ids=str)
 def test_whole_numbers_are_exact(case: Case, ampere: SimulatedGpu) -> None:
     for dtype in (torch.float32, torch.float64):
         args, kwargs = case.inputs(dtype, integers=True)
@@ -123,17 +190,24 @@ def test_any_order_of_events(case: OwnCase, architecture: int, mode: dict[str, s
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def many_ids(dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """More slots than one block sorts."""
-    return Maker(torch.float32, "many").ids("dropped", 4400, 4, 37, dtype), 37
+@pytest.mark.parametrize("case", [c for c in [*ODD_CASES, *WIDE_CASES] if not c.op.startswith(("_", "grouped_mm"))], ids=str)
+def test_whole_rows_move_16_bytes_at_a_time(case: OwnCase, ampere: SimulatedGpu) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        args, kwargs = case.inputs(dtype)
+        case.function(*args, **kwargs)
+        elements = 16 // dtype.itemsize if "wide" in case.label else 1
+        assert ran(ampere, f"Li{elements}EE"), dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_sort_of_many_slots(dtype: torch.dtype, ampere: SimulatedGpu) -> None:
-    ids, E = many_ids(dtype)
+@pytest.mark.parametrize("T, E", [(4400, 37), (30, 9001), (4400, 9001)])
+def test_sort_of_many_slots_or_experts(T: int, E: int, dtype: torch.dtype, ampere: SimulatedGpu) -> None:
+    """More slots than one block sorts, more experts than shared memory counts."""
+    ids = Maker(torch.float32, "many").ids("dropped", T, 4, E, dtype)
     for n, p in zip(torch.ops.moe.sort_by_expert(ids, E), plain_ops.sort_by_expert(ids, E), strict=True):
         assert torch.equal(n, p)
-    assert ran(ampere, "place_kernel")
+    launched = {launch["kernel"] for launch in ampere.take_launches()}
+    assert all(any(kernel in name for name in launched) for kernel in (["count", "scan", "place"] if T > 4096 else ["sort"]))
 
 
 def test_every_kernel_runs() -> None:
@@ -146,11 +220,11 @@ def test_every_kernel_runs() -> None:
     for architecture in (80, 90):
         with simulated_gpu(folder(), architecture) as gpu:
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-                for case in [*chosen, *ODD_CASES, *(HOPPER_CASES if dtype.itemsize == 2 else HOPPER_CASES[1:2])]:
+                for case in [*chosen, *ODD_CASES, *WIDE_CASES, *(HOPPER_CASES if dtype.itemsize == 2 else HOPPER_CASES[1:2])]:
                     args, kwargs = case.inputs(dtype)
                     case.function(*args, **kwargs)
-            for ids in (torch.int32, torch.int64):
-                torch.ops.moe.sort_by_expert(*many_ids(ids))
+            for ids, T, E in itertools.product((torch.int32, torch.int64), (30, 4400), (37, 9001)):
+                torch.ops.moe.sort_by_expert(Maker(torch.float32).ids("dropped", T, 4, E, ids), E)
             seen |= {launch["kernel"] for launch in gpu.take_launches()}
             missing = {name for name in gpu.kernels() if "_instructions_cu_" not in name} - seen  # those of another test file
     assert not missing, "\n".join(sorted(missing))

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/grouped_mm_config.h"
 #include "moe_build_info.h"
 
 namespace py = pybind11;
@@ -39,6 +40,46 @@ py::dict describe(const std::string& library_path) {
   return parse_json(moe_describe());
 }
 
+moe::DType parse_dtype(const std::string& dtype) {
+  for (moe::DType t : {moe::DType::kFloat64, moe::DType::kFloat32, moe::DType::kBFloat16, moe::DType::kFloat16}) {
+    if (dtype == moe::name(t)) return t;
+  }
+  throw std::invalid_argument("moe_ext: dtype='" + dtype + "' is not one of float64, float32, bfloat16, float16");
+}
+
+bool has_arch(const std::string& start) {
+  const py::list archs = build_info()["cuda_archs"];
+  for (const py::handle& arch : archs) {
+    if (arch.cast<std::string>().rfind(start, 0) == 0) return true;
+  }
+  return false;
+}
+
+// The tables of kernels/cuda/grouped_mm_config.h, which the CUDA library reads too. Rules after the one that applies are not asked.
+py::dict explain_grouped_mm(const std::string& dtype, int capability, int64_t rows, int64_t experts, int64_t N, int64_t K, bool aligned,
+                            bool bias, bool accumulate, bool wgrad) {
+  using namespace moe::cuda;
+  if (rows < 0 || experts < 1 || N < 0 || K < 0) throw std::invalid_argument("moe_ext: rows, N and K are at least 0, experts at least 1");
+  GemmQuery query{parse_dtype(dtype), capability, rows, experts, N, K, aligned, aligned, bias || accumulate, has_arch("sm_90")};
+  py::dict result;
+  const auto explain = [&](const auto& rules) {
+    const GemmRule& chosen = choose(rules, query);
+    const GemmKernelInfo kernel = info(chosen.kernel);
+    result["kernel"] = kernel.name;
+    result["reason"] = chosen.reason;
+    result["tile"] = py::make_tuple(kernel.tile_m, kernel.tile_n, kernel.tile_k);
+    py::dict others;
+    for (const GemmRule& rule : rules) {
+      py::list missing;
+      for_each_missing(rule.requirements, query, [&](const char* text) { missing.append(text); });
+      if (&rule != &chosen) others[info(rule.kernel).name] = missing;
+    }
+    result["others"] = others;
+  };
+  wgrad ? explain(kWgradRules) : explain(kGroupedMmRules);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -48,4 +89,11 @@ PYBIND11_MODULE(_C, m) {
       "Versions and targets this module was built with: version, compiler, torch_headers, torch_target, isas, cuda, cuda_archs, cutlass.");
   m.def("describe", &describe, py::arg("library_path"),
         "What a loaded op library says about itself: its build and its kernel tables. RuntimeError when the library is not loaded.");
+  m.def("explain_grouped_mm", &explain_grouped_mm, py::kw_only(), py::arg("dtype"), py::arg("capability"), py::arg("rows"),
+        py::arg("experts"), py::arg("N"), py::arg("K"), py::arg("aligned") = true, py::arg("bias") = false, py::arg("accumulate") = false,
+        py::arg("wgrad") = false,
+        "Which CUDA kernel this build runs for a grouped_mm (or, with wgrad, a grouped_mm_wgrad, whose results are N x K) and why; no GPU "
+        "is needed. dtype: 'bfloat16', ...; capability: 80, 90, 120; rows: S, of all experts; aligned: whether rows and matrices begin at "
+        "multiples of 16 bytes. Returns kernel, reason, tile (rows, columns, depth) and others: for each other kernel what it would have "
+        "needed; nothing where the chosen one only comes first.");
 }

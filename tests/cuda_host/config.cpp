@@ -1,5 +1,6 @@
 // The kernel chosen for a query, and that every line of the tables is some query's choice.
 // Compiled with and without MOE_CUDA_SM90: without it, no query gets a wgmma kernel.
+#include <iterator>
 #include <set>
 
 #include "check.h"
@@ -7,6 +8,11 @@
 
 using namespace moe;
 using namespace moe::cuda;
+
+// The requirements of the kernels again, in words of this test.
+static bool can_run_wgmma(const GemmQuery& q) {
+  return kHasSm90 && q.capability == 90 && q.aligned_out && !q.epilogue && q.rows > 0 && q.K > 0 && q.K % 8 == 0 && q.N % 8 == 0;
+}
 
 static GemmQuery query(DType dtype, int capability, int64_t rows, int64_t experts) {
   GemmQuery q{dtype};
@@ -34,8 +40,13 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
           reached.insert(rule.reason);
           CHECK((rule.kernel == GemmKernel::kSimt) == (element_size(dtype) > 2), "%s", rule.reason);
           const bool wgmma = rule.kernel == GemmKernel::kSm90Cooperative || rule.kernel == GemmKernel::kSm90Pingpong;
-          const bool can = kHasSm90 && capability == 90 && q.aligned && q.aligned_out && !q.epilogue && rows > 0 && q.K % 8 == 0;
-          CHECK(wgmma == (can && element_size(dtype) == 2), "%s", rule.reason);
+          CHECK(wgmma == (can_run_wgmma(q) && q.aligned && element_size(dtype) == 2), "%s", rule.reason);
+          for (const GemmRule& other : rules) {
+            int missing = 0;
+            for_each_missing(other.requirements, q, [&](const char*) { ++missing; });
+            CHECK(other.applies(q) == (missing == 0), "%s", other.reason);
+            CHECK(&other >= &rule || missing, "%s comes first", other.reason);
+          }
           CHECK(q.aligned || element_size(dtype) > 2 || rule.kernel == GemmKernel::kMmaElements, "%s", rule.reason);
           if (!grouped_mm) CHECK(rule.kernel != GemmKernel::kMma64 && rule.kernel != GemmKernel::kSm90Pingpong, "%s", rule.reason);
         }
@@ -58,6 +69,9 @@ int main() {
   CHECK(kernel(80, 64) == GemmKernel::kMma64 && kernel(80, 128 * 1024) == GemmKernel::kMma128, "sm_80");
   CHECK(kernel(90, 64) == (kHasSm90 ? GemmKernel::kSm90Pingpong : GemmKernel::kMma64), "sm_90, few rows");
   CHECK(kernel(90, 128 * 1024) == (kHasSm90 ? GemmKernel::kSm90Cooperative : GemmKernel::kMma128), "sm_90, many rows");
-  CHECK(kernel(120, 128 * 1024) == GemmKernel::kMma128, "sm_120 has no wgmma");
+  for (int capability : {100, 103, 110, 120, 121}) {
+    CHECK(kernel(capability, 64) == GemmKernel::kMma64 && kernel(capability, 128 * 1024) == GemmKernel::kMma128, "no wgmma but on 9.0");
+  }
+  CHECK(static_cast<unsigned>(kFewRows) < 1u << std::size(kRequirements), "a bit without a requirement");
   return 0;
 }

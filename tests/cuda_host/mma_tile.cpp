@@ -110,7 +110,53 @@ static void check_tile() {
   CHECK(std::count(written.begin(), written.end(), 1) == BM * BN, "%d x %d", BM, BN);
 }
 
+// A warp's accesses of `bytes` each are made as many lanes at a time as fill 128 bytes: these must lie in different banks.
+template <class F>
+static void check_banks(int bytes, const F& first_float) {
+  const int together = 128 / bytes;
+  for (int lane0 = 0; lane0 < 32; lane0 += together) {
+    unsigned banks = 0;
+    for (int lane = lane0; lane < lane0 + together; ++lane) {
+      const int at = first_float(lane);
+      CHECK(at % (bytes / 4) == 0, "an access of %d bytes at float %d", bytes, at);
+      for (int i = 0; i < bytes / 4; ++i) banks |= 1u << ((at + i) % 32);
+    }
+    CHECK(banks == ~0u, "bank conflict of %d-byte accesses", bytes);
+  }
+}
+
+// Sums keep their place on the way through shared memory: neighbouring pairs (as threads hold them), neighbouring fours (as they are
+// read), every place used once, no bank conflict in any of the accesses.
+template <int BM, int BN>
+static void check_staging() {
+  using Tile = MmaTile<BM, BN>;
+  std::vector<int> used(BM * BN);
+  for (int row = 0; row < BM; ++row) {
+    for (int column = 0; column < BN; ++column) {
+      const int position = staged_position<BN>(row, column);
+      CHECK(position >= 0 && position < BM * BN && !used[position]++, "(%d, %d)", row, column);
+      CHECK(position == staged_position<BN>(row, column & ~3) + column % 4, "(%d, %d)", row, column);
+    }
+  }
+  for (int warp = 0; warp < kMmaThreads / 32; ++warp) {
+    for (int j = 0; j < Tile::kStepsN; ++j) {
+      check_banks(8, [&](int lane) {
+        return staged_position<BN>(Tile::warp_m(warp) + accumulator_row(lane, 0), Tile::warp_n(warp) + 8 * j + accumulator_column(lane, 0));
+      });
+    }
+    for (int half : {0, 4}) {
+      check_banks(16, [&](int lane) {
+        const int thread = 32 * warp + lane;
+        return staged_position<BN>(thread / (BN / 8), thread % (BN / 8) * 8 + half);
+      });
+    }
+    check_banks(4, [&](int lane) { return staged_position<BN>((32 * warp + lane) / BN, (32 * warp + lane) % BN); });
+  }
+}
+
 int main() {
+  check_staging<128, 128>();
+  check_staging<64, 128>();
   check_tile<128, 128, Major::kK, Major::kK>();
   check_tile<128, 128, Major::kK, Major::kMN>();
   check_tile<64, 128, Major::kK, Major::kK>();

@@ -73,14 +73,19 @@ int main() {
       for (int kind = 0; kind < kRoutings; ++kind) check_sort(S, E, kind, random);
     }
   }
-  for (int64_t E : {1, 128, 256, 512, 700, 1024, 2048, 4096, static_cast<int>(kSortMaximumExperts)}) {
+  for (int64_t S : {0, 33, 20000}) check_sort(S, 9000, 4, random);
+  for (int64_t E : {1, 128, 256, 512, 700, 1024, 2048, 4096, 8191, 8192, 100000}) {
     for (int64_t S : {int64_t{0}, int64_t{16384}, int64_t{16385}, int64_t{1} << 23, (int64_t{1} << 23) + 1, (int64_t{1} << 31) - 2}) {
       const SortPlan plan = sort_plan(S, E);
-      CHECK(sort_shared_bytes(plan.warps, E) <= kSortShared && (E + 1) * 4 <= kSortShared, "E=%ld", E);
+      const int64_t table = (E + 1) * (4 + 2 * plan.warps);
+      CHECK(plan.in_shared == (E <= 8191) && (!plan.in_shared || table <= kSortShared), "E=%ld", E);
       CHECK(plan.chunk() <= UINT16_MAX && plan.chunk() * plan.chunks >= S &&
                 plan.chunks * plan.chunk() - S < std::max<int64_t>(plan.chunk(), 1024 + 32),
             "S=%ld E=%ld", S, E);
-      CHECK(sort_workspace_bytes(S, E) == (plan.chunks == 1 ? 0 : (E + 1) * plan.chunks * 4), "S=%ld E=%ld", S, E);
+      const int64_t histogram = plan.chunks == 1 ? 0 : (E + 1) * plan.chunks * 4,
+                    all = histogram + (plan.in_shared ? 0 : plan.chunks * table);
+      CHECK(sort_histogram_bytes(plan, E) >= histogram && sort_histogram_bytes(plan, E) % 16 == 0, "S=%ld E=%ld", S, E);
+      CHECK(sort_workspace_bytes(plan, E) >= all && sort_workspace_bytes(plan, E) < all + 16 * (plan.chunks + 1), "S=%ld E=%ld", S, E);
       CHECK(plan.warps >= 1 && plan.warps <= 32 && plan.chunks <= INT32_MAX, "S=%ld E=%ld", S, E);
     }
   }

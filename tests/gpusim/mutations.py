@@ -51,8 +51,9 @@ MUTATIONS = [
     Mutation("sort: first barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync"),
     Mutation("sort: second barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync", 1),
     Mutation("sort: another lane's rank", 80, "sort_by_expert-random_int64", "sort_kernel", "popc.b32", 0, "popc=>brev"),
-    Mutation("block sum: barrier dropped", 80, "unpermute_backward-default", "unpermute_backward", "bar.sync"),
-    Mutation("block sum: shuffle distance", 80, "unpermute_backward-default", "unpermute_backward", "shfl.sync.down", 1, "down=>up"),
+    Mutation("row sum: barrier dropped", 80, "unpermute_backward-wide_long", "unpermute_backward", "bar.sync"),
+    Mutation("row sum: shuffle distance", 80, "unpermute_backward-wide", "unpermute_backward", "shfl.sync.down", 1, "down=>up"),
+    Mutation("permute: a 16-byte store dropped", 80, "permute-wide_long", "14permute_kernel", "st.global.v4.b32", 1),
     Mutation("unpermute: a row not added", 80, "unpermute-weighted", "16unpermute_kernel", "fma.rn.f32", 4),
     Mutation("mma.sync: copies not waited for", 80, "grouped_mm-large", SM80, "cp.async.wait_group"),
     Mutation("mma.sync: one stage too few waited for", 80, "grouped_mm-large", SM80, "cp.async.wait_group", 0, " 2=> 3"),
@@ -60,6 +61,9 @@ MUTATIONS = [
     Mutation("mma.sync: a product dropped", 80, "grouped_mm-large", SM80, "mma.sync", 3),
     Mutation("mma.sync: a fragment of another matrix", 80, "grouped_mm-large", SM80, "ldmatrix", 1, ".x4.shared=>.x4.trans.shared"),
     Mutation("mma.sync: a copy dropped", 80, "grouped_mm-large", SM80, "cp.async.cg", 1),
+    Mutation("mma.sync: barrier before the sums are put down dropped", 80, "grouped_mm-large", SM80, "bar.sync", 1),
+    Mutation("mma.sync: barrier before the sums are taken up dropped", 80, "grouped_mm-large", SM80, "bar.sync", 2),
+    Mutation("mma.sync: half of a result's sums", 80, "grouped_mm-large", SM80, "ld.shared.v4.f32", 1),
     Mutation("wgrad mma.sync: barrier dropped", 80, "grouped_mm_wgrad-tails", WGRAD, "bar.sync"),
     Mutation("wgrad mma.sync: copies not waited for", 80, "grouped_mm_wgrad-tails", WGRAD, "cp.async.wait_group"),
     Mutation("wgmma: a product dropped", 90, "grouped_mm-tails", SM90, "wgmma.mma_async"),
@@ -85,9 +89,9 @@ SYNCHRONISING = (
 
 
 def find_case(name: str) -> Case:
-    from test_gpusim_ops import HOPPER_CASES
+    from test_gpusim_ops import HOPPER_CASES, WIDE_CASES
 
-    return next(c for c in [*HOPPER_CASES, *CASES] if str(c) == name)
+    return next(c for c in [*HOPPER_CASES, *WIDE_CASES, *CASES] if str(c) == name)
 
 
 @contextmanager

@@ -14,46 +14,22 @@ namespace moe::cuda {
 namespace {
 
 constexpr int kColumns = 128;  // of a tile
-
-// Where the tile's results go.
-template <class T>
-struct Output {
-  T* out;  // the tile's first element
-  int64_t stride;
-  const T* bias;  // of the tile's first column, or null
-  int rows, columns;
-  bool accumulate;
-
-  __device__ void operator()(int row, int column, float first, float second) const {
-    if (row >= rows || column >= columns) return;
-    T* target = out + row * stride + column;
-    const bool has_second = column + 1 < columns;
-    if (bias) first += to_acc(bias[column]);
-    if (bias && has_second) second += to_acc(bias[column + 1]);
-    if (accumulate) first += to_acc(target[0]);
-    if (accumulate && has_second) second += to_acc(target[1]);
-    store_pair(target, first, second, has_second);
-  }
-
-  __device__ void clear() const {
-    for (int i = threadIdx.x; i < rows * kColumns; i += kMmaThreads) {
-      if (i % kColumns < columns) out[i / kColumns * stride + i % kColumns] = T(0.0f);
-    }
-  }
-};
+static_assert(info(GemmKernel::kMma64).tile_n == kColumns && info(GemmKernel::kMma128).tile_n == kColumns &&
+              info(GemmKernel::kMma128).tile_k == kMmaDepth);
 
 template <class T, int kRows, Major major_b, bool kAligned>
-__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmParams p, int64_t row_tiles, int64_t column_tiles) {
+__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmParams p, int64_t row_tiles, int64_t column_tiles, bool wide) {
   using Tile = MmaTile<kRows, kColumns>;
   extern __shared__ __align__(128) char shared[];
   const TilePosition position = tile_position(blockIdx.x, row_tiles, column_tiles);
   const RowTile tile = RowTiles(p.expert_offsets, p.S, p.E, kRows).find(position.row_tile);
   if (tile.rows == 0) return;
   const int64_t n0 = position.column_tile * kColumns, e = tile.group;
-  Output<T> output{static_cast<T*>(p.out) + tile.begin * p.out_stride + n0, p.out_stride, nullptr, tile.rows,
-                   static_cast<int>(least<int64_t>(p.N - n0, kColumns)),    p.accumulate};
-  if (e == p.E) return output.clear();
+  TileOutput<T> output{static_cast<T*>(p.out) + tile.begin * p.out_stride + n0, p.out_stride, tile.rows,
+                       static_cast<int>(least<int64_t>(p.N - n0, kColumns)), wide};
+  if (e == p.E) return clear_tile<Tile>(output);
   if (p.bias) output.bias = expert_data<T>(p.bias, e) + n0;
+  output.accumulate = p.accumulate;
 
   const KMajorLoader<T, kRows, kAligned> a(static_cast<const T*>(p.x.data), tile.rows,
                                            [&](int r) { return row_of<T>(p.x, tile.begin + r); });
@@ -67,36 +43,26 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmParams p, 
     const MnMajorLoader<T, kColumns, kAligned, decltype(row_at)> b(weight, n0, p.N, row_at);
     multiply_tile<T, Tile>(a, b, p.K, shared, sums);
   }
-  for_each_pair<Tile>(sums, output);
-}
-
-template <class T, int kRows, Major major_b, bool kAligned>
-Status launch_tiles(const GroupedMmParams& p, const Launch& launch) {
-  constexpr int kShared = MmaTile<kRows, kColumns>::kSharedBytes;
-  const auto kernel = mma_kernel<T, kRows, major_b, kAligned>;
-  const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kRows).count(), column_tiles = divide_up(p.N, kColumns);
-  if (row_tiles * column_tiles > INT32_MAX) return Status::kUnsupportedLayout;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return Status::kLaunchFailed;
-  kernel<<<static_cast<unsigned>(row_tiles * column_tiles), kMmaThreads, kShared, static_cast<cudaStream_t>(launch.stream)>>>(p, row_tiles,
-                                                                                                                              column_tiles);
-  return launched();
+  store_tile<Tile>(sums, shared, output);
 }
 
 template <class T, int kRows, bool kAligned>
-Status launch_rows_of(const GroupedMmParams& p, const Launch& launch) {
-  return p.weight.stride_k == 1 ? launch_tiles<T, kRows, Major::kK, kAligned>(p, launch)
-                                : launch_tiles<T, kRows, Major::kMN, kAligned>(p, launch);
+Status launch_tiles(const GroupedMmParams& p, bool wide, const Launch& launch) {
+  const auto kernel = p.weight.stride_k == 1 ? mma_kernel<T, kRows, Major::kK, kAligned> : mma_kernel<T, kRows, Major::kMN, kAligned>;
+  const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kRows).count(), column_tiles = divide_up(p.N, kColumns);
+  const Grid grid{row_tiles * column_tiles, kMmaThreads, MmaTile<kRows, kColumns>::kSharedBytes};
+  return launch_grid(kernel, grid, launch, p, row_tiles, column_tiles, wide);
 }
 
 template <class T>
-Status launch_mma(GemmKernel kernel, const GroupedMmParams& p, const Launch& launch) {
+Status launch_mma(GemmKernel kernel, const GroupedMmParams& p, bool wide, const Launch& launch) {
   switch (kernel) {
     case GemmKernel::kMmaElements:
-      return launch_rows_of<T, 64, false>(p, launch);
+      return launch_tiles<T, info(GemmKernel::kMmaElements).tile_m, false>(p, wide, launch);
     case GemmKernel::kMma64:
-      return launch_rows_of<T, 64, true>(p, launch);
+      return launch_tiles<T, info(GemmKernel::kMma64).tile_m, true>(p, wide, launch);
     default:
-      return launch_rows_of<T, 128, true>(p, launch);
+      return launch_tiles<T, info(GemmKernel::kMma128).tile_m, true>(p, wide, launch);
   }
 }
 
@@ -135,7 +101,8 @@ Status launch(const GroupedMmParams& host, const Launch& launch) {
   if (const Status s = move_to_device(p.bias, p.E, place, launch); s != Status::kOk) return s;
   if (is_sm90(kernel)) return sm90_grouped_mm(kernel, p, static_cast<char*>(launch.workspace) + round_up(lists_bytes(host), 128), launch);
   if (kernel == GemmKernel::kSimt) return simt_grouped_mm(p, launch);
-  return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
+  const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
+  return launch_dtype(kernel, p, has_wide_results(host), launch);
 }
 
 }  // namespace

@@ -121,24 +121,17 @@ __global__ void __launch_bounds__(kThreads) wgrad_kernel(GroupedMmWgradParams p,
   });
 }
 
-template <class Params, class... Sizes>
-Status launch_blocks(void (*kernel)(Params, Sizes...), int64_t blocks, const Params& p, const Launch& launch, Sizes... sizes) {
-  if (blocks > INT32_MAX) return Status::kUnsupportedLayout;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(p, sizes...);
-  return launched();
-}
-
 template <class T>
 Status run(const GroupedMmParams& p, const Launch& launch) {
   const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kTile).count(), column_tiles = divide_up(p.N, kTile);
-  return launch_blocks(p.weight.stride_k == 1 ? grouped_mm_kernel<T, true> : grouped_mm_kernel<T, false>, row_tiles * column_tiles, p,
-                       launch, row_tiles, column_tiles);
+  const auto kernel = p.weight.stride_k == 1 ? grouped_mm_kernel<T, true> : grouped_mm_kernel<T, false>;
+  return launch_grid(kernel, {row_tiles * column_tiles}, launch, p, row_tiles, column_tiles);
 }
 
 template <class T>
 Status run(const GroupedMmWgradParams& p, const Launch& launch) {
   const int64_t tiles_m = divide_up(p.M, kTile), tiles_n = divide_up(p.N, kTile);
-  return launch_blocks(wgrad_kernel<T>, p.E * tiles_m * tiles_n, p, launch, tiles_m, tiles_n);
+  return launch_grid(wgrad_kernel<T>, {p.E * tiles_m * tiles_n}, launch, p, tiles_m, tiles_n);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace {
 using Tile = MmaTile<128, 128>;
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmWgradParams p, int64_t tiles_m, int64_t tiles_n) {
+__global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmWgradParams p, int64_t tiles_m, int64_t tiles_n, bool wide) {
   extern __shared__ __align__(128) char shared[];
   const int64_t tiles = tiles_m * tiles_n, e = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t m0 = tile % tiles_m * Tile::kM, n0 = tile / tiles_m * Tile::kN;
@@ -26,27 +26,18 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmWgradParam
   const MnMajorLoader<T, Tile::kN, kAligned, decltype(row_of_b)> b(static_cast<const T*>(p.b.data), n0, p.N, row_of_b);
   float sums[Tile::kStepsM][Tile::kStepsN][4] = {};
   multiply_tile<T, Tile>(a, b, depth, shared, sums);
-  T* out = expert_data<T>(p.out, e) + m0 * p.out.stride + n0;
-  for_each_pair<Tile>(sums, [&](int row, int column, float value, float next) {
-    if (m0 + row < p.M && n0 + column < p.N) store_pair(out + row * p.out.stride + column, value, next, n0 + column + 1 < p.N);
-  });
-}
-
-template <class T, bool kAligned>
-Status launch_tiles(const GroupedMmWgradParams& p, const Launch& launch) {
-  const auto kernel = mma_kernel<T, kAligned>;
-  const int64_t tiles_m = divide_up(p.M, Tile::kM), tiles_n = divide_up(p.N, Tile::kN), blocks = p.E * tiles_m * tiles_n;
-  if (blocks > INT32_MAX) return Status::kUnsupportedLayout;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes) != cudaSuccess) {
-    return Status::kLaunchFailed;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kMmaThreads, Tile::kSharedBytes, static_cast<cudaStream_t>(launch.stream)>>>(p, tiles_m, tiles_n);
-  return launched();
+  store_tile<Tile>(
+      sums, shared,
+      TileOutput<T>{expert_data<T>(p.out, e) + m0 * p.out.stride + n0, p.out.stride, static_cast<int>(least<int64_t>(p.M - m0, Tile::kM)),
+                    static_cast<int>(least<int64_t>(p.N - n0, Tile::kN)), wide});
 }
 
 template <class T>
-Status launch_mma(GemmKernel kernel, const GroupedMmWgradParams& p, const Launch& launch) {
-  return kernel == GemmKernel::kMmaElements ? launch_tiles<T, false>(p, launch) : launch_tiles<T, true>(p, launch);
+Status launch_mma(GemmKernel kernel, const GroupedMmWgradParams& p, bool wide, const Launch& launch) {
+  const int64_t tiles_m = divide_up(p.M, Tile::kM), tiles_n = divide_up(p.N, Tile::kN);
+  const Grid grid{p.E * tiles_m * tiles_n, kMmaThreads, Tile::kSharedBytes};
+  return launch_grid(kernel == GemmKernel::kMmaElements ? mma_kernel<T, false> : mma_kernel<T, true>, grid, launch, p, tiles_m, tiles_n,
+                     wide);
 }
 
 GemmKernel chosen(const GroupedMmWgradParams& p) {
@@ -77,7 +68,8 @@ Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
     return sm90_wgrad(p, static_cast<char*>(launch.workspace) + round_up(pointer_table_bytes(host.out.list, p.E), 128), launch);
   }
   if (kernel == GemmKernel::kSimt) return simt_wgrad(p, launch);
-  return p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16>(kernel, p, launch) : launch_mma<__half>(kernel, p, launch);
+  const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
+  return launch_dtype(kernel, p, has_wide_results(host), launch);
 }
 
 }  // namespace

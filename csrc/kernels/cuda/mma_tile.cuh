@@ -181,16 +181,84 @@ __device__ __forceinline__ void for_each_pair(const Accumulators<Tile>& sums, co
   }
 }
 
-// Two neighbouring outputs, in one store where the address allows it.
+// Where the results of a tile go.
 template <class T>
-__device__ __forceinline__ void store_pair(T* out, float first, float second, bool has_second) {
-  if (has_second && reinterpret_cast<uintptr_t>(out) % 4 == 0) {
-    alignas(4) const T pair[2] = {from_acc<T>(first), from_acc<T>(second)};
-    *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(pair);
+struct TileOutput {
+  T* out;  // the tile's first element
+  int64_t stride;
+  int rows, columns;        // of the tile, as far as they exist
+  bool wide;                // 16 bytes at a time: rows begin at multiples of 16 bytes, and so does the bias
+  const T* bias = nullptr;  // of the tile's first column
+  bool accumulate = false;
+};
+
+// f(row, column) for the results of a tile that exist, V neighbours at a time: neighbouring threads, neighbouring columns. A
+// thread's columns are the same in all of its rows.
+template <int V, class Tile, class T, class F>
+__device__ __forceinline__ void for_each_result(const TileOutput<T>& o, const F& f) {
+  constexpr int kThreadsPerRow = Tile::kN / V;
+  const int column = threadIdx.x % kThreadsPerRow * V;
+  if (column >= o.columns) return;
+  for (int row = threadIdx.x / kThreadsPerRow; row < o.rows; row += kMmaThreads / kThreadsPerRow) f(row, column);
+}
+
+// V sums of a row, from where staged_position puts them.
+template <int V, class Tile>
+__device__ __forceinline__ void load_sums(float (&sums)[V], const float* staged, int row, int column) {
+  if constexpr (V == 1) {
+    sums[0] = staged[staged_position<Tile::kN>(row, column)];
   } else {
-    out[0] = from_acc<T>(first);
-    if (has_second) out[1] = from_acc<T>(second);
+#pragma unroll
+    for (int v = 0; v < V; v += 4) {
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(sums[v]), "=f"(sums[v + 1]), "=f"(sums[v + 2]), "=f"(sums[v + 3])
+                   : "r"(shared_address(staged + staged_position<Tile::kN>(row, column + v)))
+                   : "memory");
+    }
   }
+}
+
+// result = (sum + bias) + what was there, rounded once.
+template <int V, class Tile, class T>
+__device__ __forceinline__ void store_results(const float* staged, const TileOutput<T>& o) {
+  for_each_result<V, Tile>(o, [&](int row, int column) {
+    T* target = o.out + row * o.stride + column;
+    float sums[V];
+    load_sums<V, Tile>(sums, staged, row, column);
+    Pack<T, V> bias, old, result;
+    if (o.bias) bias = load<V>(o.bias + column);
+    if (o.accumulate) old = load<V>(target);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (o.bias) sums[v] += to_acc(bias.at[v]);
+      if (o.accumulate) sums[v] += to_acc(old.at[v]);
+      result.at[v] = from_acc<T>(sums[v]);
+    }
+    store(target, result);
+  });
+}
+
+// The sums of all warps leave through the shared memory of the stages, a row at a time.
+template <class Tile, class T>
+__device__ __forceinline__ void store_tile(const Accumulators<Tile>& sums, char* shared, const TileOutput<T>& output) {
+  float* staged = reinterpret_cast<float*>(shared);
+  __syncthreads();  // every warp has read the last stage
+  for_each_pair<Tile>(sums, [staged](int row, int column, float first, float second) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(staged + staged_position<Tile::kN>(row, column))), "f"(first),
+                 "f"(second)
+                 : "memory");
+  });
+  __syncthreads();
+  output.wide ? store_results<8, Tile>(staged, output) : store_results<1, Tile>(staged, output);
+}
+
+template <int V, class Tile, class T>
+__device__ __forceinline__ void clear_results(const TileOutput<T>& o) {
+  for_each_result<V, Tile>(o, [&](int row, int column) { store(o.out + row * o.stride + column, Pack<T, V>{}); });
+}
+template <class Tile, class T>
+__device__ __forceinline__ void clear_tile(const TileOutput<T>& output) {
+  output.wide ? clear_results<8, Tile>(output) : clear_results<1, Tile>(output);
 }
 
 }  // namespace moe::cuda

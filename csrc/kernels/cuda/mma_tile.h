@@ -61,12 +61,22 @@ MOE_HD constexpr ChunkIndex ldmatrix_chunk(int lane, int mn, int k) {
 MOE_HD constexpr int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
 MOE_HD constexpr int accumulator_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
+// Where a tile's sums wait in shared memory to leave row by row, in floats from the tile's first. Eight neighbouring columns, one
+// 16-byte store of results, are two chunks half a row apart, and rows are swizzled: neither the pairs that threads hold nor the
+// rows that they read back meet in a bank.
+template <int BN>
+MOE_HD constexpr int staged_position(int row, int column) {
+  const int eight = column / 8, half = column / 4 % 2;
+  return row * BN + half * (BN / 2) + (eight ^ (row & 3) ^ (half << 2)) * 4 + column % 4;
+}
+
 // A block's tile of BM x BN outputs: 2 x 4 warps.
 template <int BM, int BN>
 struct MmaTile {
   static constexpr int kM = BM, kN = BN, kWarpM = BM / 2, kWarpN = BN / 4, kStepsM = kWarpM / 16, kStepsN = kWarpN / 8;
   static constexpr int kABytes = BM * kMmaDepth * 2, kBBytes = BN * kMmaDepth * 2, kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = kMmaStages * kStageBytes;
+  static_assert(BM * BN * 4 <= kSharedBytes);  // the sums, once the stages are used up
 
   static MOE_HD constexpr int warp_m(int warp) { return warp / 4 * kWarpM; }
   static MOE_HD constexpr int warp_n(int warp) { return warp % 4 * kWarpN; }

@@ -18,18 +18,4 @@ __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t r) {
   return static_cast<const T*>(rows.data) + source * rows.stride;
 }
 
-// Whether 16-byte copies can read it: every row and every matrix begins at a multiple of 16 bytes.
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-inline bool is_aligned(const Rows& rows, int64_t element) { return is_aligned(rows.data) && rows.stride * element % 16 == 0; }
-
-template <class Table>
-bool is_aligned(const Table& table, int64_t E, int64_t row_stride, int64_t element) {
-  if (row_stride * element % 16) return false;
-  if (!table.list) return is_aligned(table.base) && table.stride_e * element % 16 == 0;
-  for (int64_t e = 0; e < E; ++e) {
-    if (!is_aligned(table.list[e])) return false;
-  }
-  return true;
-}
-
 }  // namespace moe::cuda

@@ -23,22 +23,27 @@ __device__ void for_each_slot(const SortParams& p, SlotRange run, const F& f) {
   }
 }
 
-// Shared memory of a sorting block.
+// What a sorting block keeps: in shared memory, or its part of the workspace.
 struct Table {
   int32_t* first_row;  // [E+1]
   uint16_t* counts;    // [warps][E+1]: slots of a warp, then slots of the warps before it
-
-  __device__ Table(char* shared, int64_t E)
-      : first_row(reinterpret_cast<int32_t*>(shared)), counts(reinterpret_cast<uint16_t*>(first_row + E + 1)) {}
 };
+
+template <bool kInShared>
+__device__ __forceinline__ Table table_of(const SortParams& p, const SortPlan& plan, char* tables) {
+  extern __shared__ __align__(16) char shared[];
+  char* mine = kInShared ? shared : tables + blockIdx.x * sort_table_bytes(plan.warps, p.E);
+  int32_t* first_row = reinterpret_cast<int32_t*>(mine);
+  return {first_row, reinterpret_cast<uint16_t*>(first_row + p.E + 1)};
+}
 
 template <class Id>
 __device__ void count_runs(const SortParams& p, const SortPlan& plan, int64_t chunk, const Table& table) {
-  const int bins = static_cast<int>(p.E) + 1, warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < plan.warps * bins; i += blockDim.x) table.counts[i] = 0;
+  const int64_t bins = p.E + 1, warp = threadIdx.x / 32;
+  for (int64_t i = threadIdx.x; i < plan.warps * bins; i += blockDim.x) table.counts[i] = 0;
   __syncthreads();
   uint16_t* mine = table.counts + warp * bins;
-  for_each_slot<Id>(p, warp_run(plan, p.S, chunk, warp), [&](int64_t, int bin, unsigned peers, int lane) {
+  for_each_slot<Id>(p, warp_run(plan, p.S, chunk, static_cast<int>(warp)), [&](int64_t, int bin, unsigned peers, int lane) {
     if (bin < bins && rank_among(peers, lane) == 0) mine[bin] = static_cast<uint16_t>(mine[bin] + __popc(peers));
     __syncwarp();
   });
@@ -47,8 +52,8 @@ __device__ void count_runs(const SortParams& p, const SortPlan& plan, int64_t ch
 
 // Counts -> slots of earlier warps; the chunk's totals go to `totals` unless it is null.
 __device__ void scan_warps(const SortParams& p, const SortPlan& plan, const Table& table, int32_t* totals) {
-  const int bins = static_cast<int>(p.E) + 1;
-  for (int e = threadIdx.x; e < bins; e += blockDim.x) {
+  const int64_t bins = p.E + 1;
+  for (int64_t e = threadIdx.x; e < bins; e += blockDim.x) {
     int sum = 0;
     for (int w = 0; w < plan.warps; ++w) {
       const int n = table.counts[w * bins + e];
@@ -84,9 +89,9 @@ __device__ int32_t exclusive_scan(int32_t* values, int64_t count) {
 
 template <class Id>
 __device__ void place(const SortParams& p, const SortPlan& plan, int64_t chunk, const Table& table) {
-  const int bins = static_cast<int>(p.E) + 1, warp = threadIdx.x / 32;
+  const int64_t bins = p.E + 1, warp = threadIdx.x / 32;
   uint16_t* mine = table.counts + warp * bins;
-  for_each_slot<Id>(p, warp_run(plan, p.S, chunk, warp), [&](int64_t s, int bin, unsigned peers, int lane) {
+  for_each_slot<Id>(p, warp_run(plan, p.S, chunk, static_cast<int>(warp)), [&](int64_t s, int bin, unsigned peers, int lane) {
     const int rank = rank_among(peers, lane);
     const int before = bin < bins ? mine[bin] : 0;
     __syncwarp();
@@ -101,10 +106,9 @@ __device__ void place(const SortParams& p, const SortPlan& plan, int64_t chunk, 
   });
 }
 
-template <class Id>
-__global__ void __launch_bounds__(1024) sort_kernel(SortParams p, SortPlan plan) {
-  extern __shared__ __align__(16) char shared[];
-  const Table table(shared, p.E);
+template <class Id, bool kInShared>
+__global__ void __launch_bounds__(1024, 1) sort_kernel(SortParams p, SortPlan plan, char* tables) {
+  const Table table = table_of<kInShared>(p, plan, tables);
   count_runs<Id>(p, plan, 0, table);
   scan_warps(p, plan, table, table.first_row);
   if (threadIdx.x < 32) exclusive_scan(table.first_row, p.E + 1);
@@ -114,19 +118,19 @@ __global__ void __launch_bounds__(1024) sort_kernel(SortParams p, SortPlan plan)
 }
 
 // histogram[bin][chunk]
-template <class Id>
-__global__ void __launch_bounds__(1024) count_kernel(SortParams p, SortPlan plan, int32_t* histogram) {
-  extern __shared__ __align__(16) char shared[];
-  const Table table(shared, p.E);
+template <class Id, bool kInShared>
+__global__ void __launch_bounds__(1024, 1) count_kernel(SortParams p, SortPlan plan, char* tables, int32_t* histogram) {
+  const Table table = table_of<kInShared>(p, plan, tables);
   count_runs<Id>(p, plan, blockIdx.x, table);
   scan_warps(p, plan, table, table.first_row);
   for (int64_t e = threadIdx.x; e <= p.E; e += blockDim.x) histogram[e * plan.chunks + blockIdx.x] = table.first_row[e];
 }
 
 // Counts of chunks -> rows of the same bin in earlier chunks, a warp per bin; and the first row of every bin.
-__global__ void __launch_bounds__(1024) scan_kernel(SortParams p, SortPlan plan, int32_t* histogram) {
+template <bool kInShared>
+__global__ void __launch_bounds__(1024, 1) scan_kernel(SortParams p, SortPlan plan, int32_t* histogram) {
   extern __shared__ __align__(16) char shared[];
-  int32_t* totals = reinterpret_cast<int32_t*>(shared);
+  int32_t* totals = kInShared ? reinterpret_cast<int32_t*>(shared) : p.expert_offsets;
   for (int64_t e = threadIdx.x / 32; e <= p.E; e += blockDim.x / 32) {
     const int32_t total = exclusive_scan(histogram + e * plan.chunks, plan.chunks);
     if (threadIdx.x % 32 == 0) totals[e] = total;
@@ -134,13 +138,12 @@ __global__ void __launch_bounds__(1024) scan_kernel(SortParams p, SortPlan plan,
   __syncthreads();
   if (threadIdx.x < 32) exclusive_scan(totals, p.E + 1);
   __syncthreads();
-  for (int64_t e = threadIdx.x; e <= p.E; e += blockDim.x) p.expert_offsets[e] = totals[e];
+  for (int64_t e = threadIdx.x; kInShared && e <= p.E; e += blockDim.x) p.expert_offsets[e] = totals[e];
 }
 
-template <class Id>
-__global__ void __launch_bounds__(1024) place_kernel(SortParams p, SortPlan plan, const int32_t* histogram) {
-  extern __shared__ __align__(16) char shared[];
-  const Table table(shared, p.E);
+template <class Id, bool kInShared>
+__global__ void __launch_bounds__(1024, 1) place_kernel(SortParams p, SortPlan plan, char* tables, const int32_t* histogram) {
+  const Table table = table_of<kInShared>(p, plan, tables);
   for (int64_t e = threadIdx.x; e <= p.E; e += blockDim.x) {
     table.first_row[e] = p.expert_offsets[e] + histogram[e * plan.chunks + blockIdx.x];
   }
@@ -149,31 +152,30 @@ __global__ void __launch_bounds__(1024) place_kernel(SortParams p, SortPlan plan
   place<Id>(p, plan, blockIdx.x, table);
 }
 
+template <class Id, bool kInShared>
+Status run(const SortParams& p, const SortPlan& plan, const Launch& launch) {
+  int32_t* histogram = static_cast<int32_t*>(launch.workspace);
+  char* tables = static_cast<char*>(launch.workspace) + sort_histogram_bytes(plan, p.E);
+  const Grid grid{plan.chunks, dim3(plan.warps * 32), kInShared ? static_cast<int>(sort_table_bytes(plan.warps, p.E)) : 0};
+  const Grid scan{1, dim3(1024), kInShared ? static_cast<int>((p.E + 1) * 4) : 0};
+  if (plan.chunks == 1) return launch_grid(sort_kernel<Id, kInShared>, grid, launch, p, plan, tables);
+  if (const Status s = launch_grid(count_kernel<Id, kInShared>, grid, launch, p, plan, tables, histogram); s != Status::kOk) return s;
+  if (const Status s = launch_grid(scan_kernel<kInShared>, scan, launch, p, plan, histogram); s != Status::kOk) return s;
+  return launch_grid(place_kernel<Id, kInShared>, grid, launch, p, plan, tables, histogram);
+}
+
 template <class Id>
 Status run(const SortParams& p, const Launch& launch) {
   const SortPlan plan = sort_plan(p.S, p.E);
-  const unsigned blocks = static_cast<unsigned>(plan.chunks), threads = plan.warps * 32;
-  const size_t shared = sort_shared_bytes(plan.warps, p.E);
-  const cudaStream_t stream = static_cast<cudaStream_t>(launch.stream);
-  if (plan.chunks == 1) {
-    sort_kernel<Id><<<1, threads, shared, stream>>>(p, plan);
-  } else {
-    int32_t* histogram = static_cast<int32_t*>(launch.workspace);
-    count_kernel<Id><<<blocks, threads, shared, stream>>>(p, plan, histogram);
-    scan_kernel<<<1, 1024, (p.E + 1) * sizeof(int32_t), stream>>>(p, plan, histogram);
-    place_kernel<Id><<<blocks, threads, shared, stream>>>(p, plan, histogram);
-  }
-  return launched();
+  return plan.in_shared ? run<Id, true>(p, plan, launch) : run<Id, false>(p, plan, launch);
 }
 
-Status supports(const SortParams& p) { return p.E <= kSortMaximumExperts ? Status::kOk : Status::kUnsupportedLayout; }
-
-int64_t workspace(const SortParams& p, int) { return sort_workspace_bytes(p.S, p.E); }
+int64_t workspace(const SortParams& p, int) { return sort_workspace_bytes(sort_plan(p.S, p.E), p.E); }
 
 Status launch(const SortParams& p, const Launch& launch) { return p.ids_int64 ? run<int64_t>(p, launch) : run<int32_t>(p, launch); }
 
 }  // namespace
 
-const Kernel<SortParams> sort_by_expert = {supports, workspace, launch};
+const Kernel<SortParams> sort_by_expert = {nullptr, workspace, launch};
 
 }  // namespace moe::cuda

@@ -8,23 +8,25 @@ namespace moe::cuda {
 
 constexpr int64_t kSortOneBlock = 16384;    // up to here one block sorts everything
 constexpr int64_t kSortShared = 48 * 1024;  // shared memory that every device grants without being asked
-constexpr int64_t kSortMaximumExperts = 8190;
 
 struct SortPlan {
-  int warps = 32;      // per block
-  int64_t run = 0;     // slots per warp, a multiple of 32
-  int64_t chunks = 1;  // blocks
+  int warps = 32;         // per block
+  int64_t run = 0;        // slots per warp, a multiple of 32
+  int64_t chunks = 1;     // blocks
+  bool in_shared = true;  // whether a block's table is in shared memory; from 8192 experts on it is in the workspace
 
   MOE_HD int64_t chunk() const { return run * warps; }
 };
 
-// The first row of every bin (E experts and the dropped slots), then one 16-bit counter per warp and bin.
-MOE_HD int64_t sort_shared_bytes(int warps, int64_t E) { return (E + 1) * (4 + 2 * static_cast<int64_t>(warps)); }
+// A block's table: the first row of every bin (E experts and the dropped slots), then one 16-bit counter per warp and bin.
+MOE_HD int64_t sort_table_bytes(int warps, int64_t E) { return round_up((E + 1) * (4 + 2 * static_cast<int64_t>(warps)), 16); }
 
 // Counters are 16 bits wide: no chunk has more than 65535 slots.
 MOE_HD SortPlan sort_plan(int64_t S, int64_t E) {
   SortPlan plan;
-  while (plan.warps > 1 && sort_shared_bytes(plan.warps, E) > kSortShared) plan.warps /= 2;
+  while (plan.warps > 1 && sort_table_bytes(plan.warps, E) > kSortShared) plan.warps /= 2;
+  plan.in_shared = sort_table_bytes(plan.warps, E) <= kSortShared;
+  if (!plan.in_shared) plan.warps = 8;
   const int64_t chunk = S <= kSortOneBlock ? S : S <= int64_t{1} << 23 ? 8192 : 32768;
   plan.run = round_up(divide_up(chunk, plan.warps), 32);
   plan.chunks = S <= kSortOneBlock ? 1 : divide_up(S, plan.chunk());
@@ -32,9 +34,13 @@ MOE_HD SortPlan sort_plan(int64_t S, int64_t E) {
 }
 
 // [E+1][chunks] counters, only with several chunks.
-MOE_HD int64_t sort_workspace_bytes(int64_t S, int64_t E) {
-  const SortPlan plan = sort_plan(S, E);
-  return plan.chunks == 1 ? 0 : (E + 1) * plan.chunks * 4;
+MOE_HD int64_t sort_histogram_bytes(const SortPlan& plan, int64_t E) {
+  return plan.chunks == 1 ? 0 : round_up((E + 1) * plan.chunks * 4, 16);
+}
+
+// The histogram, then the tables that do not fit into shared memory.
+MOE_HD int64_t sort_workspace_bytes(const SortPlan& plan, int64_t E) {
+  return sort_histogram_bytes(plan, E) + (plan.in_shared ? 0 : plan.chunks * sort_table_bytes(plan.warps, E));
 }
 
 struct SlotRange {
