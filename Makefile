@@ -3,6 +3,8 @@
 #   make test     the tests, under transformers 5 and under transformers 4
 #   make lint     ruff, clang-format, mypy          make format   the first two, applied
 #   make build    the libraries, in place           make bench    forward and backward against transformers
+#   make gpu      tests, speed and profile on the GPU of this machine, into benchmarks/results; GPU_FLAGS, as --only speed
+#   make gpu-status  what has run on a GPU, and whether it was today's CUDA sources
 #   make clean    removes what was built; make distclean also the environments
 # Variables: PYTHON (the interpreter environments are made from), VENVS (where they go), MOE_EXT_CUDA, MAX_JOBS, and the others of setup.py.
 
@@ -16,7 +18,7 @@ CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench gpu gpu-status clean distclean lint-environment
 
 build:
 	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
@@ -52,6 +54,12 @@ format: lint-environment
 
 bench: build
 	$(VENV)/bin/python benchmarks/bench_grouped_forward.py
+
+gpu: build
+	$(VENV)/bin/python benchmarks/gpu_run.py $(GPU_FLAGS)
+
+gpu-status:
+	@$(PYTHON) build_tools/gpu_status.py
 
 clean:
 	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache

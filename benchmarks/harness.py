@@ -67,7 +67,7 @@ def measure(candidates: Sequence[Candidate], seconds: float, longest: float, rou
         for c in alive:
             samples[c.name].append(_call(c))
     for name, values in samples.items():
-        low, high = _quantile(values, 0.2), _quantile(values, 0.8)
+        low, high = quantile(values, 0.2), quantile(values, 0.8)
         timings[name] = Timing(1e3 * statistics.median(values), 1e3 * low, 1e3 * high, len(values))
     return timings
 
@@ -80,7 +80,7 @@ def _call(candidate: Candidate) -> float:
     return seconds
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float], q: float) -> float:
     values = sorted(values)
     return values[min(len(values) - 1, round(q * (len(values) - 1)))]
 

@@ -43,6 +43,10 @@ SHAPES = {
         Shape("mixtral_half", 2048, 7168, 8, 2),  # the same proportions, a quarter of the weights
         Shape("qwen3_next", 2048, 512, 512, 10),  # Qwen3-Next-80B: many small experts
         Shape("qwen3_large", 4096, 1536, 128, 8),  # Qwen3-235B-A22B
+        Shape("deepseek_v3_quarter", 7168, 2048, 64, 8),  # DeepSeek-V3 on one of four ranks
+        Shape("sonic_7b", 1536, 256, 128, 8),  # SonicMoE's published shapes
+        Shape("sonic_30b", 4096, 256, 256, 16),
+        Shape("sonic_120b", 4096, 1024, 128, 8),
         Shape("small", 512, 256, 32, 4),  # fits the caches: overhead
         Shape("tiny", 64, 32, 8, 2),  # for trying the benchmark itself
     )
@@ -51,12 +55,12 @@ SHAPES = {
 ROUTINGS = ("uniform", "zipf", "one")
 
 
-def routing(shape: Shape, tokens: int, kind: str = "uniform") -> tuple[Tensor, Tensor]:
-    """`top_k_index [T,K]` int64 without repeats in a row, and `top_k_weights [T,K]` float32 that sum to 1.
+def routing(shape: Shape, tokens: int, kind: str = "uniform", draw: int = 0) -> tuple[Tensor, Tensor]:
+    """`top_k_index [T,K]` int64 without repeats in a row, and `top_k_weights [T,K]` float32 that sum to 1; another one for each draw.
 
     uniform: every expert equally likely; zipf: expert e with weight 1/(e+1); one: all tokens to the same K experts.
     """
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator().manual_seed(tokens + (draw << 32))
     likelihood = torch.ones(shape.E)
     if kind == "zipf":
         likelihood = 1 / torch.arange(1, shape.E + 1)

@@ -5,32 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from error_rule import check_error_rule, to_device
+from on_gpu import KIND, Device, equal, needs_gpu, tensors
 from op_table import CASES, Case
 
-from moe_ext import ops
-
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and ops.CUDA_LIBRARY.exists()), reason="needs a CUDA device and a build with CUDA"
-)
+pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
-    check_error_rule(case, dtype, "cuda")
+    check_error_rule(case, dtype, KIND)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_repeat_bit_for_bit_without_a_host_synchronisation(case: Case) -> None:
+def test_results_repeat_bit_for_bit_without_a_host_synchronisation(case: Case, device: Device) -> None:
     args, kwargs = case.inputs(torch.bfloat16)
-    args = to_device(args, "cuda")
+    args = to_device(args, KIND)
     case.function(*args, **kwargs)  # loads the kernel
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        runs = [case.function(*args, **kwargs) for _ in range(5)]
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    for run in runs[1:]:
-        for a, b in zip(*((r if isinstance(r, (tuple, list)) else (r,)) for r in (runs[0], run)), strict=True):
-            assert torch.equal(a, b)
+    with device.no_host_synchronisation():
+        runs = [tensors(case.function(*args, **kwargs)) for _ in range(5)]
+    assert all(equal(runs[0], run) for run in runs[1:])
