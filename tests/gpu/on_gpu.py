@@ -84,6 +84,7 @@ class Layer:
     down: Tensor
     cotangent: Tensor
     frozen: bool = False
+    recompute: bool = False
 
     @classmethod
     def draw(cls, size: Size, T: int, kind: str, dtype: torch.dtype, seed: int = 0) -> Layer:
@@ -95,12 +96,13 @@ class Layer:
         """Other rows and another routing, the same weights, frozen."""
         T = len(self.x)
         x, index, w = rows(self.size, T, kind, self.x.dtype, seed)
-        return Layer(self.size, x, index, w, self.gate_up, self.down, normal(self.x.dtype, seed + 2, T, self.size.H), frozen=True)
+        return Layer(self.size, x, index, w, self.gate_up, self.down, normal(self.x.dtype, seed + 2, T, self.size.H), True, self.recompute)
 
     def results(self) -> list[Tensor]:
         """Result, and the gradients of x, w and, unless frozen, gate_up and down."""
         leaves = [t.detach().requires_grad_() for t in (self.x, self.w, *(() if self.frozen else (self.gate_up, self.down)))]
-        out = ops.grouped_forward(leaves[0], self.index, leaves[1], *(leaves[2:] or (self.gate_up, self.down)))
+        weights = leaves[2:] or (self.gate_up, self.down)
+        out = ops.grouped_forward(leaves[0], self.index, leaves[1], *weights, recompute=self.recompute)
         return [out.detach(), *torch.autograd.grad(out, leaves, self.cotangent)]
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:

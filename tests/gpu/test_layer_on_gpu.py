@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from error_rule import check_error_rule
@@ -34,6 +36,11 @@ def test_sizes_that_are_no_multiple_of_a_tile(routing: str) -> None:
     check(layer, routing)
 
 
+@pytest.mark.parametrize("T", tokens(16, 1024, 4096))
+def test_recomputed_pre_activations(T: int) -> None:
+    check(replace(Layer.draw(QWEN3, T, "dropped", torch.bfloat16), recompute=True), "dropped")
+
+
 @pytest.mark.parametrize("routing", ["one", "empty", "dropped"])
 def test_experts_without_tokens_have_a_gradient_of_exact_zeros(routing: str) -> None:
     layer = Layer.draw(QWEN3, tokens(256)[0], routing, torch.bfloat16)
@@ -60,6 +67,17 @@ LAYOUTS: dict[str, Build] = {
 }
 
 
+# As many rows per expert as the largest tiles take.
+MANY = WIDE | {"T": 1200}
+if not TRIAL:
+    LAYOUTS["many_rows"] = layer_case(**MANY)
+    LAYOUTS["many_rows_transposed"] = layer_case(**MANY, transposed=True, bias=True, ids="dropped")
+    LAYOUTS["many_rows_interleaved"] = layer_case(**MANY, interleaved=True)
+    LAYOUTS["many_rows_gpt_oss"] = layer_case(
+        **MANY, activation="swigluoai", alpha=1.702, limit=7.0, transposed=True, interleaved=True, bias=True
+    )
+
+
 class Layout(Case):
     def inputs(self, dtype: torch.dtype, integers: bool = False, draw: int = 0) -> Inputs:
         return LAYOUTS[self.label](Maker(dtype, f"{self}/{draw}", integers))
@@ -71,7 +89,7 @@ def test_every_layout(layout: str, dtype: torch.dtype) -> None:
     check_error_rule(Layout("grouped_forward", layout), dtype, KIND)
 
 
-@pytest.mark.parametrize("layout", ["stacked", "bias", "ungated"])
+@pytest.mark.parametrize("layout", ["stacked", "bias", "ungated", *([] if TRIAL else ["many_rows"])])
 def test_every_layout_as_a_list(layout: str) -> None:
     class Listed(Layout):
         def inputs(self, dtype: torch.dtype, integers: bool = False, draw: int = 0) -> Inputs:

@@ -73,7 +73,7 @@ def test_every_byte_of_a_result_is_written(size: Size, routing: str, device: Dev
         assert equal(clean, layer.results())
 
 
-def saved_bytes(layer: Layer, frozen: bool) -> int:
+def saved_bytes(layer: Layer, frozen: bool, recompute: bool) -> int:
     """Of every storage that autograd keeps for the backward, each once, weights excluded."""
     leaves = [t.detach().requires_grad_(not frozen or k < 2) for k, t in enumerate((layer.x, layer.w, layer.gate_up, layer.down))]
     weights = {t.untyped_storage().data_ptr() for t in leaves[2:]}
@@ -84,18 +84,18 @@ def saved_bytes(layer: Layer, frozen: bool) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = ops.grouped_forward(leaves[0], layer.index, *leaves[1:])
+        out = ops.grouped_forward(leaves[0], layer.index, *leaves[1:], recompute=recompute)
     assert out.requires_grad
     return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("kept", ["trainable", "frozen", "recompute"])
 @pytest.mark.parametrize("T", tokens(64, 1024))
-def test_saved_bytes_are_those_of_the_formula(T: int, frozen: bool) -> None:
-    """bfloat16: x 2H unless frozen, pre-activation 4kI, and at most 16k for the routing, per token; E+1 offsets."""
+def test_saved_bytes_are_those_of_the_formula(T: int, kept: str) -> None:
+    """bfloat16: x 2H unless frozen, pre-activation 4kI unless recomputed, and at most 16k for the routing, per token; E+1 offsets."""
     H, I, E, K = QWEN3.H, QWEN3.I, QWEN3.E, QWEN3.K  # noqa: E741
-    fixed = T * ((0 if frozen else 2 * H) + 4 * K * I)
-    saved = saved_bytes(Layer.draw(QWEN3, T, "uniform", torch.bfloat16), frozen)
+    fixed = T * ((0 if kept == "frozen" else 2 * H) + (0 if kept == "recompute" else 4 * K * I))
+    saved = saved_bytes(Layer.draw(QWEN3, T, "uniform", torch.bfloat16), kept == "frozen", kept == "recompute")
     assert fixed < saved <= fixed + T * 16 * K + 4 * (E + 1)
 
 
