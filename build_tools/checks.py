@@ -15,6 +15,7 @@ from pathlib import Path
 DT_NEEDED = 1
 SHT_SYMTAB, SHT_DYNAMIC, SHT_DYNSYM = 2, 6, 11
 STB_WEAK, SHN_UNDEF = 2, 0
+GEMM_FILES = ("grouped_mm", "grouped_up")  # how the names of .cu files with GEMM kernels begin
 
 
 @dataclass
@@ -108,7 +109,7 @@ def check_ptxas(log: str, source: str) -> list[str]:
             f"{source}: ptxas reorders or serialises tensor-core instructions, {len(advisories)} advisories in all; change the kernel "
             f"until there is none, beginning with the last: {advisories[-1]}"
         )
-    if Path(source).name.startswith("grouped_mm"):
+    if Path(source).name.startswith(GEMM_FILES):
         for name, target, spilled in spills(log):
             found.append(f"{source}: {spilled} bytes of registers spill for {target} in the GEMM kernel {name}: make its tile smaller.")
     return found

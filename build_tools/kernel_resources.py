@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checks import GEMM_FILES
 from .products import BUILD_FOLDER
 from .toolchain import find_nvcc, read_nvcc_version
 
@@ -67,9 +68,9 @@ def kernel_name(source: str, demangled: str) -> str:
     if mma:
         majors = ",".join("K" if major == "0" else "MN" for major in mma.groups()[2:])
         return f"wgmma<{mma[2].lower()},{mma[1]},{majors}>"
-    name = re.sub(r"\(?(\w+::)*Major\)?(?=\d)|\(anonymous namespace\)::|\w+::|^void ", "", demangled)
+    name = re.sub(r"\(?(\w+::)*(Major|Pairing)\)?(?=\d)|\(anonymous namespace\)::|\w+::|^void ", "", demangled)
     name = name[: name.index("(")] if "(" in name else name
-    return name.replace(" ", "") if source.startswith("grouped_mm") else name.partition("<")[0].replace(" ", "")
+    return name.replace(" ", "") if source.startswith(GEMM_FILES) else name.partition("<")[0].replace(" ", "")
 
 
 def read_report(log: str, source: str, table: Table) -> None:

@@ -19,11 +19,13 @@ namespace moe {
 
 MOE_FN double exp_(double x) { return exp(x); }
 
-// exp(x) within 2 ulp for x in [-87, 88]: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2/2, and 2^n put into the exponent.
-// Below that it is 0, above infinity. Free of branches and calls, so that a loop over it becomes vector code on the host.
+// exp(x) within 2 ulp for x in [-87, 88]. Below that it is 0, above infinity.
+#if !defined(__CUDA_ARCH__)
 MOE_FN float exp_(float argument) {
   float x = argument < -87.0f ? -87.0f : argument;
   x = x > 88.0f ? 88.0f : x;
+  // x = n ln2 + r, a degree-6 polynomial on |r| <= ln2/2, and 2^n put into the exponent. Free of branches and calls, so that a loop
+  // over it becomes vector code.
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
@@ -42,6 +44,29 @@ MOE_FN float exp_(float argument) {
   const float small = argument < -87.0f ? 0.0f : p * two_n;
   return argument > 88.0f ? INFINITY : small;
 }
+#else
+// On the device within 5 ulp; outside of [-87, 88], and for NaN, it is what it is at an end: no result below depends on more.
+MOE_FN float exp_(float argument) {
+  const float x = fminf(fmaxf(argument, -87.0f), 88.0f);
+  // 2^t with t = x log2(e), and what t lacks to that product made up for: 2^d = 1 + d ln2.
+  const float t = x * 1.44269504088896341f, d = fmaf(x, 1.44269504088896341f, -t) + x * 1.92596303e-8f;
+  float two_t;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(two_t) : "f"(t));
+  return fmaf(two_t * 0.69314718f, d, two_t);
+}
+#endif
+
+MOE_FN double reciprocal(double x) { return 1.0 / x; }
+// Within 1 ulp; on the device 0 where the result would be below the smallest normal number.
+MOE_FN float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / x;
+#endif
+}
 
 // sigmoid(x) and 1 - sigmoid(x), both without cancellation, and without inf * 0 where exp(-x) overflows.
 template <class A>
@@ -50,7 +75,7 @@ struct Sigmoid {
 };
 template <class A>
 MOE_FN Sigmoid<A> sigmoid_(A x) {
-  const A e = exp_(-x), s = A(1) / (A(1) + e);
+  const A e = exp_(-x), s = reciprocal(A(1) + e);
   return {s, e > A(1) ? A(1) - s : e * s};
 }
 
@@ -83,6 +108,7 @@ MOE_FN ValueAndSlope<A> activate(A g, A alpha) {
   }
 }
 
+// NaN stays NaN.
 template <class A>
 MOE_FN A clamp_max(A x, A limit) {
   return x > limit ? limit : x;
@@ -91,6 +117,18 @@ template <class A>
 MOE_FN A clamp_both(A x, A limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
+#if defined(__CUDA_ARCH__)  // an instruction each
+MOE_FN float clamp_max(float x, float limit) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(limit));
+  return r;
+}
+MOE_FN float clamp_both(float x, float limit) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(clamp_max(x, limit)), "f"(-limit));
+  return r;
+}
+#endif
 
 template <ActivationKind kind, class A>
 MOE_FN A gated_value(A gate, A up, A alpha, A limit) {
@@ -119,8 +157,11 @@ struct KindConstant {
   static constexpr ActivationKind kind = k;
 };
 
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f may be for the host or the device
+#endif
 template <class F>
-auto visit_activation(ActivationKind kind, const F& f) {
+MOE_FN auto visit_activation(ActivationKind kind, const F& f) {
   switch (kind) {
     case ActivationKind::kSilu:
       return f(KindConstant<ActivationKind::kSilu>{});

@@ -1,4 +1,25 @@
-// The kernel table of csrc/kernels/cuda, for moe_ext.testing.simulated_gpu().
+// The kernel table of csrc/kernels/cuda, for moe_ext.testing.simulated_gpu(), and its fused kernels by themselves, for fused.py.
 #include <kernels/cuda/kernels.h>
 
-extern "C" __attribute__((visibility("default"))) const void* moe_simulated_kernel_table() { return &moe::cuda::table(); }
+#define MOE_SIMULATED extern "C" __attribute__((visibility("default")))
+
+MOE_SIMULATED const void* moe_simulated_kernel_table() { return &moe::cuda::table(); }
+
+// The Status of a launch, or of `supports`; -1 when the caller's struct has another size, -2 when there is no such kernel. Without
+// a workspace, `bytes` is set to what it must have and nothing is launched.
+template <class Params>
+static int run(const moe::Kernel<Params>& kernel, const Params& p, int64_t size, int64_t* bytes, void* workspace) {
+  if (size != sizeof(Params)) return -1;
+  if (!kernel.launch) return -2;
+  const moe::Status status = kernel.supports ? kernel.supports(p) : moe::Status::kOk;
+  if (status != moe::Status::kOk) return static_cast<int>(status);
+  *bytes = kernel.workspace ? kernel.workspace(p, 1) : 0;
+  if (!workspace) return 0;
+  moe::Launch launch;
+  launch.workspace = workspace;
+  return static_cast<int>(kernel.launch(p, launch));
+}
+
+MOE_SIMULATED int moe_simulated_grouped_up(const moe::GroupedUpParams* p, int64_t size, int64_t* bytes, void* workspace) {
+  return run(moe::cuda::table().grouped_up, *p, size, bytes, workspace);
+}
