@@ -15,7 +15,7 @@ from pathlib import Path
 DT_NEEDED = 1
 SHT_SYMTAB, SHT_DYNAMIC, SHT_DYNSYM = 2, 6, 11
 STB_WEAK, SHN_UNDEF = 2, 0
-GEMM_FILES = ("grouped_mm", "grouped_up")  # how the names of .cu files with GEMM kernels begin
+GEMM_FILES = ("grouped_mm", "grouped_up", "grouped_down_backward")  # how the names of .cu files with GEMM kernels begin
 
 
 @dataclass

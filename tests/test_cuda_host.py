@@ -33,5 +33,6 @@ def test_agrees_with_brute_force(program: Path, tmp_path: Path) -> None:
     run(program, tmp_path)
 
 
-def test_choice_of_kernels_in_a_build_with_sm90(tmp_path: Path) -> None:
-    run(TESTS / "cuda_host" / "config.cpp", tmp_path, "-DMOE_CUDA_SM90=1")
+@pytest.mark.parametrize("program", ["config", "grouped_down_backward"])
+def test_choice_of_kernels_in_a_build_with_sm90(program: str, tmp_path: Path) -> None:
+    run(TESTS / "cuda_host" / f"{program}.cpp", tmp_path, "-DMOE_CUDA_SM90=1")

@@ -117,6 +117,8 @@ def test_every_gemm_kernel_is_recorded_with_its_instructions() -> None:
         elif kernel.startswith("mma_kernel"):
             assert line.instructions["HMMA"] and line.instructions["LDSM"], name
             assert bool(line.instructions["LDGSTS"]) == kernel.endswith("true>"), name  # the others load element by element
+        elif kernel.startswith("wgrad_gather_kernel"):
+            assert line.instructions["HGMMA"] and line.instructions["LDGSTS"] and not line.instructions["UTMALDG"], name
 
 
 @pytest.mark.skipif(not kernel_resources.RECORD.exists(), reason="the C++ sources are not beside the tests")

@@ -4,7 +4,7 @@
 #include <set>
 
 #include "check.h"
-#include "kernels/cuda/grouped_mm_config.h"
+#include "kernels/cuda/grouped_up_config.h"
 
 using namespace moe;
 using namespace moe::cuda;
@@ -12,6 +12,9 @@ using namespace moe::cuda;
 // The requirements of the kernels again, in words of this test.
 static bool can_run_wgmma(const GemmQuery& q) {
   return kHasSm90 && q.capability == 90 && q.aligned_out && !q.epilogue && q.rows > 0 && q.K > 0 && q.K % 8 == 0 && q.N % 8 == 0;
+}
+static bool is_wgmma(GemmKernel kernel) {
+  return kernel == GemmKernel::kSm90Cooperative || kernel == GemmKernel::kSm90Pingpong || kernel == GemmKernel::kSm90Gather;
 }
 
 static GemmQuery query(DType dtype, int capability, int64_t rows, int64_t experts) {
@@ -28,19 +31,23 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
   std::set<const char*> reached;
   for (DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (int capability : {80, 86, 89, 90, 100, 120}) {
-      for (int64_t rows : {0, 1, 1000, 100000}) {
-        for (int bits = 0; bits < 32; ++bits) {
+      for (int64_t rows : {0, 1, 1024, 1025, 100000}) {
+        for (int bits = 0; bits < 128; ++bits) {
           GemmQuery q = query(dtype, capability, rows, 128);
           q.aligned = bits & 1;
           q.aligned_out = bits & 2;
           q.epilogue = bits & 4;
           if (bits & 8) q.N = 64;
           if (bits & 16) q.K = 20;
+          q.gathered = !grouped_mm && bits & 32;
+          q.n_major = bits & 64;
           const GemmRule& rule = choose(rules, q);
           reached.insert(rule.reason);
           CHECK((rule.kernel == GemmKernel::kSimt) == (element_size(dtype) > 2), "%s", rule.reason);
-          const bool wgmma = rule.kernel == GemmKernel::kSm90Cooperative || rule.kernel == GemmKernel::kSm90Pingpong;
-          CHECK(wgmma == (can_run_wgmma(q) && q.aligned && element_size(dtype) == 2), "%s", rule.reason);
+          const bool few = rule.kernel == GemmKernel::kFewRows;
+          CHECK(few == (grouped_mm && q.aligned && rows > 0 && rows <= 1024 && q.K % 8 == 0 && element_size(dtype) == 2), "%s",
+                rule.reason);
+          CHECK(is_wgmma(rule.kernel) == (can_run_wgmma(q) && q.aligned && element_size(dtype) == 2 && !few), "%s", rule.reason);
           for (const GemmRule& other : rules) {
             int missing = 0;
             for_each_missing(other.requirements, q, [&](const char*) { ++missing; });
@@ -49,29 +56,53 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
           }
           CHECK(q.aligned || element_size(dtype) > 2 || rule.kernel == GemmKernel::kMmaElements, "%s", rule.reason);
           if (!grouped_mm) CHECK(rule.kernel != GemmKernel::kMma64 && rule.kernel != GemmKernel::kSm90Pingpong, "%s", rule.reason);
+          const bool gathers = rule.kernel == GemmKernel::kSm90Gather;
+          CHECK(!gathers || !grouped_mm, "%s", rule.reason);
+          if (is_wgmma(rule.kernel) && !grouped_mm) CHECK(gathers == (q.gathered || rows < 192 * q.experts), "%s", rule.reason);
         }
       }
     }
   }
   int expected = 0;
   for (const GemmRule& rule : rules) {
-    expected += kHasSm90 || (rule.kernel != GemmKernel::kSm90Cooperative && rule.kernel != GemmKernel::kSm90Pingpong);
+    expected += kHasSm90 || !is_wgmma(rule.kernel);
   }
   CHECK(static_cast<int>(reached.size()) == expected, "%zu of %d lines are reached", reached.size(), expected);
 }
 
+// Few rows: T tokens, each to k of E experts of H x I, in bfloat16 on any device.
+static void check_few_rows() {
+  const auto few = [](int64_t T, int64_t k, int64_t E, int64_t H, int64_t I, bool n_major = false) {
+    GemmQuery q = query(DType::kBFloat16, 90, T * k, E);
+    q.N = I;
+    q.K = H;
+    q.n_major = n_major;
+    const bool up = choose(kGroupedUpRules, q).kernel == UpKernel::kFewRows;
+    CHECK(up == (choose(kGroupedMmRules, q).kernel == GemmKernel::kFewRows), "both projections round the same sums");
+    return up;
+  };
+  CHECK(few(1, 8, 128, 2048, 768) && few(64, 8, 128, 2048, 768) && !few(129, 8, 128, 2048, 768), "Qwen3-30B-A3B");
+  CHECK(few(1, 2, 8, 4096, 14336) && few(32, 2, 8, 4096, 14336) && !few(33, 2, 8, 4096, 14336), "Mixtral");
+  CHECK(few(64, 4, 32, 2880, 5760, true) && !few(65, 4, 32, 2880, 5760, true), "gpt-oss-20b");
+  CHECK(few(16, 1, 1, 64, 64) && !few(17, 1, 1, 64, 64), "one tile holds them whatever the routing");
+  CHECK(!few(0, 8, 128, 2048, 768) && !few(1, 8, 128, 2044, 768) && few(1, 8, 128, 2048, 766), "no rows, k not in eights");
+  CHECK(!few(1, 8, 128, 2048, 766, true), "contiguous outputs not in eights");
+}
+
 int main() {
+  check_few_rows();
   check_table(kGroupedMmRules, true);
   check_table(kWgradRules, false);
   const auto kernel = [](int capability, int64_t rows) {
     return choose(kGroupedMmRules, query(DType::kBFloat16, capability, rows, 128)).kernel;
   };
-  CHECK(kernel(80, 64) == GemmKernel::kMma64 && kernel(80, 128 * 1024) == GemmKernel::kMma128, "sm_80");
-  CHECK(kernel(90, 64) == (kHasSm90 ? GemmKernel::kSm90Pingpong : GemmKernel::kMma64), "sm_90, few rows");
+  CHECK(kernel(80, 64) == GemmKernel::kFewRows && kernel(80, 2000) == GemmKernel::kMma64 && kernel(80, 128 * 1024) == GemmKernel::kMma128,
+        "sm_80");
+  CHECK(kernel(90, 2000) == (kHasSm90 ? GemmKernel::kSm90Pingpong : GemmKernel::kMma64), "sm_90, few rows");
   CHECK(kernel(90, 128 * 1024) == (kHasSm90 ? GemmKernel::kSm90Cooperative : GemmKernel::kMma128), "sm_90, many rows");
   for (int capability : {100, 103, 110, 120, 121}) {
-    CHECK(kernel(capability, 64) == GemmKernel::kMma64 && kernel(capability, 128 * 1024) == GemmKernel::kMma128, "no wgmma but on 9.0");
+    CHECK(kernel(capability, 2000) == GemmKernel::kMma64 && kernel(capability, 128 * 1024) == GemmKernel::kMma128, "no wgmma but on 9.0");
   }
-  CHECK(static_cast<unsigned>(kFewRows) < 1u << std::size(kRequirements), "a bit without a requirement");
+  CHECK(static_cast<unsigned>(kFusedWgmma) < 1u << std::size(kRequirements), "a bit without a requirement");
   return 0;
 }

@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "kernels/cuda/gathered_gemm_sm90.h"
-#include "kernels/cuda/grouped_up_config.h"
+#include "kernels/cuda/grouped_up_sm90.h"
 
 using namespace moe;
 using namespace moe::cuda;

@@ -50,12 +50,12 @@ static void check_problems(int64_t S, int64_t E, int kind, bool listed, std::mt1
   }
 }
 
-static void check_workspace(int64_t E, int64_t sms, int64_t x, int64_t other) {
-  const Sm90Workspace w = sm90_workspace(E, sms, x, other);
+static void check_workspace(int64_t E, int64_t sms, int64_t rows) {
+  const Sm90Workspace w = sm90_workspace(E, sms, rows);
   std::vector<std::pair<int64_t, int64_t>> parts = {
-      {w.shapes, 12 * E}, {w.a, 8 * E},         {w.b, 8 * E},    {w.d, 8 * E},
-      {w.ld_a, 8 * E},    {w.ld_b, 8 * E},      {w.ld_d, 8 * E}, {w.tensor_maps, sms * kTensorMapBytesPerSm},
-      {w.rows_x, x},      {w.rows_other, other}};
+      {w.shapes, 12 * E}, {w.a, 8 * E},    {w.b, 8 * E},    {w.d, 8 * E},
+      {w.ld_a, 8 * E},    {w.ld_b, 8 * E}, {w.ld_d, 8 * E}, {w.tensor_maps, sms * kTensorMapBytesPerSm},
+      {w.rows, rows}};
   std::sort(parts.begin(), parts.end());
   for (size_t i = 0; i < parts.size(); ++i) {
     const int64_t limit = i + 1 < parts.size() ? parts[i + 1].first : w.bytes;
@@ -72,7 +72,7 @@ int main() {
         check_problems(S, E, kind, true, random);
       }
     }
-    for (int64_t rows : {int64_t{0}, int64_t{2}, int64_t{1} << 33}) check_workspace(E, 132, rows, rows / 2);
+    for (int64_t rows : {int64_t{0}, int64_t{2}, int64_t{1} << 33}) check_workspace(E, 132, rows);
   }
   return 0;
 }

@@ -4,7 +4,7 @@
 #include <set>
 
 #include "check.h"
-#include "kernels/cuda/grouped_up_config.h"
+#include "kernels/cuda/grouped_up_sm90.h"
 
 using namespace moe;
 using namespace moe::cuda;
@@ -102,7 +102,7 @@ int main() {
   check_halves();
   check_adjacent();
   check_operands();
-  CHECK(choose(UpQuery{256 * 128, 128}).kernel == UpKernel::kCooperative, "two blocks are full");
-  CHECK(choose(UpQuery{256 * 128 - 1, 128}).kernel == UpKernel::kPingpong, "two blocks are not full");
+  CHECK(up_is_cooperative(256 * 128, 128), "two blocks are full");
+  CHECK(!up_is_cooperative(256 * 128 - 1, 128), "two blocks are not full");
   return 0;
 }

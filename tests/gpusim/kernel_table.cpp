@@ -1,4 +1,5 @@
 // The kernel table of csrc/kernels/cuda, for moe_ext.testing.simulated_gpu(), and its fused kernels by themselves, for fused.py.
+#include <kernels/cuda/grouped_up_sm90.h>
 #include <kernels/cuda/kernels.h>
 
 #define MOE_SIMULATED extern "C" __attribute__((visibility("default")))
@@ -20,6 +21,15 @@ static int run(const moe::Kernel<Params>& kernel, const Params& p, int64_t size,
   return static_cast<int>(kernel.launch(p, launch));
 }
 
+#if defined(MOE_CUDA_SM90)  // whatever the number of rows
 MOE_SIMULATED int moe_simulated_grouped_up(const moe::GroupedUpParams* p, int64_t size, int64_t* bytes, void* workspace) {
-  return run(moe::cuda::table().grouped_up, *p, size, bytes, workspace);
+  return run(moe::cuda::grouped_up_sm90, *p, size, bytes, workspace);
+}
+#endif
+MOE_SIMULATED int moe_simulated_grouped_mm_wgrad(const moe::GroupedMmWgradParams* p, int64_t size, int64_t* bytes, void* workspace) {
+  return run(moe::cuda::table().grouped_mm_wgrad, *p, size, bytes, workspace);
+}
+MOE_SIMULATED int moe_simulated_grouped_down_backward(const moe::GroupedDownBackwardParams* p, int64_t size, int64_t* bytes,
+                                                      void* workspace) {
+  return run(moe::cuda::table().grouped_down_backward, *p, size, bytes, workspace);
 }

@@ -46,7 +46,8 @@ class Mutation:
         return f"{self.kernel};{self.text};{self.k};{self.action}"
 
 
-SM80, WGRAD, SM90 = "grouped_mm_cu", "grouped_mm_wgrad_cu", "GemmUniversal"
+SM80, WGRAD, SM90, GATHER = "grouped_mm_cu", "grouped_mm_wgrad_cu", "GemmUniversal", "wgrad_gather_kernel"
+TAILS, NOINC = "grouped_mm_wgrad-tails", "cp.async.mbarrier.arrive.noinc.shared::cta.b64"
 MUTATIONS = [
     Mutation("sort: first barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync"),
     Mutation("sort: second barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync", 1),
@@ -80,7 +81,13 @@ MUTATIONS = [
     Mutation("epilogue: barrier dropped", 90, "grouped_mm-large", SM90, "bar.sync"),
     Mutation("cluster: barrier dropped", 90, "grouped_mm-large", SM90, "barrier.cluster.wait"),
     Mutation("cluster: arrival at the other CTA dropped", 90, "grouped_mm-large", SM90, "mbarrier.arrive.shared::cluster"),
-    Mutation("wgrad: product dropped", 90, "grouped_mm_wgrad-tails", SM90, "wgmma.mma_async", 2),
+    Mutation("wgrad: product dropped", 90, "grouped_mm_wgrad-many_rows", SM90, "wgmma.mma_async", 2),
+    Mutation("wgrad gather: product dropped", 90, TAILS, GATHER, "wgmma.mma_async", 1),
+    Mutation("wgrad gather: the other order of a", 90, TAILS, GATHER, "wgmma.mma_async", 0, "p, 1, 1, 1, 1=>p, 1, 1, 0, 1"),
+    Mutation("wgrad gather: copy dropped", 90, TAILS, GATHER, "cp.async.cg", 5),
+    Mutation("wgrad gather: arrival before the copies", 90, TAILS, GATHER, NOINC, 0, f"{NOINC}=>mbarrier.arrive.shared::cta.b64 _,"),
+    Mutation("wgrad gather: stage filled before it is free", 90, TAILS, GATHER, "mbarrier.try_wait", 0, "true"),
+    Mutation("wgrad gather: box read before it is written", 90, TAILS, GATHER, "bar.warp.sync"),
 ]
 SYNCHRONISING = (
     "bar.sync", "bar.warp.sync", "barrier.cluster", "mbarrier.arrive", "mbarrier.try_wait", "cp.async.wait_group", "cp.async.commit_group",

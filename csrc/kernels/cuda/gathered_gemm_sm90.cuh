@@ -35,9 +35,10 @@ struct GatheredGemmParams {
   typename Epilogue::Params epilogue;
 };
 
-// 16 rows of one consumer warp; `rows` of them exist. They belong to `expert`, or to dropped slots when it is E.
+// 16 rows of one consumer warp; `rows` of them exist. They belong to `expert`, or to dropped slots when it is E. A consumer with more
+// than 64 rows has kProducts such blocks, 64 rows apart: begin() is called for all of them, then store().
 struct WarpTile {
-  int expert, begin, rows, column_tile;
+  int expert, begin, rows, column_tile, block;
 };
 
 template <class Tile, class Epilogue>
@@ -61,6 +62,7 @@ struct BlockTile {
 template <class Tile, class Params>
 class TileWalk {
  public:
+  using Block = BlockTile;
   __device__ explicit TileWalk(const Params& p) : p_(p), next_(blockIdx.x / Tile::kCluster) {}
 
   // False after the last one. All lanes of a warp call it together.
@@ -78,6 +80,8 @@ class TileWalk {
     }
     return false;
   }
+  // How much of k is summed; 0: nothing, the rows are cleared.
+  __device__ int depth(const BlockTile& tile) const { return tile.expert == p_.E ? 0 : p_.K; }
 
  private:
   const Params& p_;
@@ -164,8 +168,9 @@ __device__ __forceinline__ T uniform(T value) {
   return __shfl_sync(0xffffffffu, value, 0);
 }
 
-// acc += this consumer's rows of a times b. A stage is released one step late, when the next step's products are under way.
-template <class T, class Tile, Major major_b, class Places>
+// acc += this consumer's rows of a times b. Its first row is a multiple of 64, which begins at the same byte in both orders of a. A stage
+// is released one step late, when the next step's products are under way.
+template <class T, class Tile, Major major_a, Major major_b, class Places>
 __device__ __forceinline__ void multiply(float (&acc)[Tile::kProducts][Tile::kN / 2], const Places& places, int first_row, int steps,
                                          RingPosition<Tile::kStages>& at) {
   int previous = 0;
@@ -174,13 +179,14 @@ __device__ __forceinline__ void multiply(float (&acc)[Tile::kProducts][Tile::kN 
   for (int step = 0; step < steps; ++step) {
     sm90::wait(places.full(at.stage), at.parity);
     if constexpr (Tile::kFenceCopies) sm90::fence_async();
-    const MatrixDescriptor<Major::kK> a(places.a(at.stage) + first_row * kRowBytes);
+    const MatrixDescriptor<major_a> a(places.a(at.stage) + first_row * kRowBytes);
     const MatrixDescriptor<major_b> b(places.b(at.stage));
     sm90::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
 #pragma unroll
-      for (int m = 0; m < Tile::kProducts; ++m) sm90::wgmma<T, major_b == Major::kMN>(acc[m], a.at(k, 64 * m), b.at(k, 0));
+      for (int m = 0; m < Tile::kProducts; ++m)
+        sm90::wgmma<T, major_a == Major::kMN, major_b == Major::kMN>(acc[m], a.at(k, 64 * m), b.at(k, 0));
     }
     sm90::wgmma_commit();
     sm90::wgmma_wait<1>();
@@ -190,44 +196,47 @@ __device__ __forceinline__ void multiply(float (&acc)[Tile::kProducts][Tile::kN 
   }
 }
 
-template <class T, class Tile, Major major_b, class Epilogue, class Params, class Places>
+template <class T, class Tile, Major major_a, Major major_b, class Epilogue, class Walk, class Params, class Places>
 __device__ __forceinline__ void consume(const Params& p, const Places& places, int consumer) {
   const int warp = threadIdx.x / 32 % 4, first_row = Tile::kPingpong ? 0 : consumer * Tile::kConsumerM;
-  const int steps = static_cast<int>(divide_up(p.K, kDepth));
   Epilogue epilogue(p.epilogue, places.epilogue(consumer * 4 + warp));
   RingPosition<Tile::kStages> at;
   int turn = 0;                    // ping-pong: which consumer has the next tile
   uint32_t parity = consumer ^ 1;  // of the wait for it: the first comes at once to consumer 0
-  TileWalk<Tile, Params> walk(p);
-  const auto next = [&](BlockTile& tile) -> bool {  // of those that are this consumer's
+  Walk walk(p);
+  const auto steps_of = [&](const typename Walk::Block& tile) { return static_cast<int>(divide_up(walk.depth(tile), kDepth)); };
+  const auto next = [&](typename Walk::Block& tile) -> bool {  // of those that are this consumer's
     while (walk.next(tile)) {
       if constexpr (!Tile::kPingpong) return true;
-      const bool mine = turn == consumer, dropped = tile.expert == p.E;
-      if (!dropped) turn ^= 1;
+      const int steps = steps_of(tile);
+      const bool mine = turn == consumer;
+      if (steps > 0) turn ^= 1;
       if (mine) return true;
-      if (!dropped) at.skip(steps);
+      at.skip(steps);
     }
     return false;
   };
-  BlockTile following;
+  typename Walk::Block following;
   for (bool more = next(following); more;) {
-    const BlockTile tile = following;
+    const typename Walk::Block tile = following;
+    const int steps = steps_of(tile);
     const auto part = [&](int product) -> WarpTile {
       const int first = first_row + 64 * product + 16 * warp;
-      return {tile.expert, tile.begin + first, rows_from(tile.rows, first, 16), tile.column_tile};
+      return {tile.expert, tile.begin + first, rows_from(tile.rows, first, 16), tile.column_tile, product};
     };
-    if (tile.expert == p.E) {
+    if (steps == 0) {
       for (int m = 0; m < Tile::kProducts; ++m) epilogue.clear(part(m));
       more = next(following);
       continue;
     }
     if constexpr (requires { epilogue.begin(part(0)); }) {
+#pragma unroll
       for (int m = 0; m < Tile::kProducts; ++m) epilogue.begin(part(m));
     }
     float acc[Tile::kProducts][Tile::kN / 2] = {};  // or the compiler would keep the registers of the tile before
     // Without taking turns a consumer could wait for a stage two fillings ahead, whose parity is that of the one before.
     if constexpr (Tile::kPingpong) sm90::wait(places.turn(consumer), parity);
-    multiply<T, Tile, major_b>(acc, places, first_row, steps, at);
+    multiply<T, Tile, major_a, major_b>(acc, places, first_row, steps, at);
     if constexpr (Tile::kPingpong) {
       if (threadIdx.x % 32 == 0) sm90::arrive(places.turn(consumer ^ 1));
       parity ^= 1;
@@ -244,10 +253,9 @@ __device__ __forceinline__ void consume(const Params& p, const Places& places, i
   epilogue.finish();
 }
 
-template <class T, class Tile, Major major_b, class Epilogue>
-__global__ void __launch_bounds__(kGatheredThreads, 1) gathered_gemm_kernel(const __grid_constant__ GatheredGemmParams<Tile, Epilogue> p) {
-  extern __shared__ __align__(1024) char shared[];
-  const SharedPlaces<Tile, Epilogue> places{sm90::shared_address(shared)};
+// By a whole block, before anything else.
+template <class Tile, class Places>
+__device__ __forceinline__ void init_barriers(const Places& places) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < Tile::kStages; ++s) {
       sm90::init_barrier(places.full(s), Tile::kFullArrivals);
@@ -258,13 +266,20 @@ __global__ void __launch_bounds__(kGatheredThreads, 1) gathered_gemm_kernel(cons
   }
   __syncthreads();
   if constexpr (Tile::kCluster > 1) sm90::sync_cluster();
+}
+
+template <class T, class Tile, Major major_b, class Epilogue>
+__global__ void __launch_bounds__(kGatheredThreads, 1) gathered_gemm_kernel(const __grid_constant__ GatheredGemmParams<Tile, Epilogue> p) {
+  extern __shared__ __align__(1024) char shared[];
+  const SharedPlaces<Tile, Epilogue> places{sm90::shared_address(shared)};
+  init_barriers<Tile>(places);
   const int warpgroup = uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
   if (warpgroup == 0) {
     sm90::give_registers<kProducerRegisters>();
     produce<T, Tile, major_b>(p, places);
   } else {
     sm90::take_registers<kConsumerRegisters>();
-    consume<T, Tile, major_b, Epilogue>(p, places, warpgroup - 1);
+    consume<T, Tile, Major::kK, major_b, Epilogue, TileWalk<Tile, GatheredGemmParams<Tile, Epilogue>>>(p, places, warpgroup - 1);
   }
   if constexpr (Tile::kCluster > 1) sm90::sync_cluster();  // its memory and barriers are used by the others
 }
@@ -276,19 +291,14 @@ inline int multiprocessors() {
   return count;
 }
 
-// As many blocks as run at once, or as there are tiles. `columns` are those of one matrix of b.
-template <class T, class Tile, Major major_b, class Epilogue>
-Status launch_gathered_gemm(GatheredGemmParams<Tile, Epilogue>& p, int64_t columns, const Launch& launch) {
+// As many blocks as run at once, or as there are tiles, of kernel(p).
+template <class Tile, class Epilogue, class Params>
+Status launch_blocks(void (*kernel)(Params), const Params& p, int64_t tiles, const Launch& launch) {
   constexpr int kShared = Tile::shared_bytes(Epilogue::kSharedBytes);
   static_assert(kShared <= kSharedLimit);
-  const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, Tile::kClusterM).count(), column_tiles = divide_up(columns, Tile::kN);
-  if (row_tiles * column_tiles > INT32_MAX / 2) return Status::kUnsupportedLayout;
-  p.row_tiles = static_cast<int>(row_tiles);
-  p.column_tiles = static_cast<int>(column_tiles);
-  const auto kernel = gathered_gemm_kernel<T, Tile, major_b, Epilogue>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return Status::kLaunchFailed;
   cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(Tile::kCluster * least<int64_t>(multiprocessors() / Tile::kCluster, row_tiles * column_tiles));
+  config.gridDim = static_cast<unsigned>(Tile::kCluster * least<int64_t>(multiprocessors() / Tile::kCluster, tiles));
   config.blockDim = kGatheredThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = static_cast<cudaStream_t>(launch.stream);
@@ -298,6 +308,16 @@ Status launch_gathered_gemm(GatheredGemmParams<Tile, Epilogue>& p, int64_t colum
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, p) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+// `columns` are those of one matrix of b.
+template <class T, class Tile, Major major_b, class Epilogue>
+Status launch_gathered_gemm(GatheredGemmParams<Tile, Epilogue>& p, int64_t columns, const Launch& launch) {
+  const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, Tile::kClusterM).count(), column_tiles = divide_up(columns, Tile::kN);
+  if (row_tiles * column_tiles > INT32_MAX / 2) return Status::kUnsupportedLayout;
+  p.row_tiles = static_cast<int>(row_tiles);
+  p.column_tiles = static_cast<int>(column_tiles);
+  return launch_blocks<Tile, Epilogue>(gathered_gemm_kernel<T, Tile, major_b, Epilogue>, p, row_tiles * column_tiles, launch);
 }
 
 }  // namespace moe::cuda

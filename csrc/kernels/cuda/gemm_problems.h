@@ -49,12 +49,12 @@ MOE_HD GemmProblem problem_of(const GemmOperands& o, const int32_t* expert_offse
           static_cast<char*>(o.out.base) + first * o.out.stride * element};
 }
 
-// Where the arrays and the copies of gathered rows lie in a workspace; every part begins at a multiple of 128 bytes.
+// Where the arrays and the copy of gathered rows lie in a workspace; every part begins at a multiple of 128 bytes.
 struct Sm90Workspace {
-  int64_t shapes = 0, a = 0, b = 0, d = 0, ld_a = 0, ld_b = 0, ld_d = 0, tensor_maps = 0, rows_x = 0, rows_other = 0, bytes = 0;
+  int64_t shapes = 0, a = 0, b = 0, d = 0, ld_a = 0, ld_b = 0, ld_d = 0, tensor_maps = 0, rows = 0, bytes = 0;
 };
 
-MOE_HD Sm90Workspace sm90_workspace(int64_t E, int64_t multiprocessors, int64_t rows_x_bytes, int64_t rows_other_bytes) {
+MOE_HD Sm90Workspace sm90_workspace(int64_t E, int64_t multiprocessors, int64_t rows_bytes) {
   Sm90Workspace w;
   const auto take = [&w](int64_t bytes) {
     const int64_t at = w.bytes;
@@ -69,8 +69,7 @@ MOE_HD Sm90Workspace sm90_workspace(int64_t E, int64_t multiprocessors, int64_t 
   w.ld_b = take(E * 8);
   w.ld_d = take(E * 8);
   w.tensor_maps = take(multiprocessors * kTensorMapBytesPerSm);
-  w.rows_x = take(rows_x_bytes);
-  w.rows_other = take(rows_other_bytes);
+  w.rows = take(rows_bytes);
   return w;
 }
 

@@ -1,4 +1,4 @@
-// What happens around a CUTLASS grouped GEMM on sm_90a: gathered rows are copied into place, the arrays of problems are filled on
+// What happens around a CUTLASS grouped GEMM on sm_90a: gathered rows of x are copied into place, the arrays of problems are filled on
 // the device, and what no problem writes is cleared: rows of dropped slots, gradients of experts without rows.
 #include "element.cuh"
 #include "gemm_problems.h"
@@ -85,20 +85,16 @@ Status multiply(const GemmOperands& o, const int32_t* expert_offsets, int64_t E,
 
 }  // namespace
 
-int64_t sm90_workspace_bytes(const GroupedMmParams& p) {
-  return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.x, p.S, p.K), 0).bytes;
-}
-int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) {
-  return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.a, p.S, p.M), copied_bytes(p.b, p.S, p.N)).bytes;
-}
+int64_t sm90_workspace_bytes(const GroupedMmParams& p) { return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.x, p.S, p.K)).bytes; }
+int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) { return sm90_workspace(p.E, multiprocessors(), 0).bytes; }
 
 Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* workspace, const Launch& launch) {
   char* base = static_cast<char*>(workspace);
   const int sms = multiprocessors();
   const bool n_major = p.weight.stride_k != 1;
-  const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.x, p.S, p.K), 0);
+  const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.x, p.S, p.K));
   GemmOperands o;
-  if (const Status s = bring_into_place(p.x, p.dtype, p.S, p.K, base + w.rows_x, launch, o.x, o.ld_x); s != Status::kOk) return s;
+  if (const Status s = bring_into_place(p.x, p.dtype, p.S, p.K, base + w.rows, launch, o.x, o.ld_x); s != Status::kOk) return s;
   o.ld_other = n_major ? p.weight.stride_k : p.weight.stride_n;
   o.weight = p.weight;
   o.out.base = p.out;
@@ -112,16 +108,17 @@ Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* worksp
   return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(kernel == GemmKernel::kSm90Cooperative, n_major), launch);
 }
 
+// Of rows in place: GemmKernel::kSm90Gather has the others.
 Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {
   char* base = static_cast<char*>(workspace);
   const int sms = multiprocessors();
-  const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.a, p.S, p.M), copied_bytes(p.b, p.S, p.N));
+  const Sm90Workspace w = sm90_workspace(p.E, sms, 0);
   GemmOperands o;
   o.wgrad = true;
-  if (const Status s = bring_into_place(p.a, p.dtype, p.S, p.M, base + w.rows_x, launch, o.x, o.ld_x); s != Status::kOk) return s;
-  if (const Status s = bring_into_place(p.b, p.dtype, p.S, p.N, base + w.rows_other, launch, o.other, o.ld_other); s != Status::kOk) {
-    return s;
-  }
+  o.x = static_cast<const char*>(p.a.data);
+  o.other = static_cast<const char*>(p.b.data);
+  o.ld_x = p.a.stride;
+  o.ld_other = p.b.stride;
   o.out = p.out;
   o.N = p.M;
   o.K = p.N;

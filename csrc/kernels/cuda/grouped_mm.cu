@@ -4,6 +4,7 @@
 #include "grouped_gemm.h"
 #include "grouped_gemm_sm90.h"
 #include "grouped_mm_config.h"
+#include "grouped_mm_few_rows.h"
 #include "kernels.h"
 #include "mma_tile.cuh"
 #include "operands.cuh"
@@ -76,6 +77,7 @@ GemmKernel chosen(const GroupedMmParams& p) {
   query.K = p.K;
   query.aligned = is_aligned(p.x, element) && is_aligned(p.weight, p.E, weight_stride, element);
   query.aligned_out = is_aligned(p.out) && p.out_stride * element % 16 == 0;
+  query.n_major = p.weight.stride_k != 1;
   query.epilogue = p.bias || p.accumulate;
   return choose(kGroupedMmRules, query).kernel;
 }
@@ -101,6 +103,7 @@ Status launch(const GroupedMmParams& host, const Launch& launch) {
   if (const Status s = move_to_device(p.bias, p.E, place, launch); s != Status::kOk) return s;
   if (is_sm90(kernel)) return sm90_grouped_mm(kernel, p, static_cast<char*>(launch.workspace) + round_up(lists_bytes(host), 128), launch);
   if (kernel == GemmKernel::kSimt) return simt_grouped_mm(p, launch);
+  if (kernel == GemmKernel::kFewRows) return few_rows_grouped_mm(p, launch);
   const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
   return launch_dtype(kernel, p, has_wide_results(host), launch);
 }

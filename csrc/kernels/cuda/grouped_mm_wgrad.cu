@@ -50,12 +50,16 @@ GemmKernel chosen(const GroupedMmWgradParams& p) {
   query.K = p.N;
   query.aligned = is_aligned(p.a, element) && is_aligned(p.b, element);
   query.aligned_out = is_aligned(p.out, p.E, p.out.stride, element);
+  query.gathered = p.a.row_to_slot || p.b.row_to_slot;
   return choose(kWgradRules, query).kernel;
 }
 
+int64_t list_bytes(const GroupedMmWgradParams& p) { return round_up(pointer_table_bytes(p.out.list, p.E), 128); }
+
 int64_t workspace(const GroupedMmWgradParams& p, int) {
-  const bool sm90 = chosen(p) == GemmKernel::kSm90Cooperative;
-  return round_up(pointer_table_bytes(p.out.list, p.E), 128) + (sm90 ? sm90_workspace_bytes(p) : 0);
+  const GemmKernel kernel = chosen(p);
+  const bool sm90 = kernel == GemmKernel::kSm90Cooperative, gather = kernel == GemmKernel::kSm90Gather;
+  return list_bytes(p) + (sm90 ? sm90_workspace_bytes(p) : gather ? sm90_wgrad_gather_bytes(p) : 0);
 }
 
 Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
@@ -64,9 +68,9 @@ Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
   GroupedMmWgradParams p = host;
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.out, p.E, place, launch); s != Status::kOk) return s;
-  if (kernel == GemmKernel::kSm90Cooperative) {
-    return sm90_wgrad(p, static_cast<char*>(launch.workspace) + round_up(pointer_table_bytes(host.out.list, p.E), 128), launch);
-  }
+  place = static_cast<char*>(launch.workspace) + list_bytes(host);
+  if (kernel == GemmKernel::kSm90Cooperative) return sm90_wgrad(p, place, launch);
+  if (kernel == GemmKernel::kSm90Gather) return sm90_wgrad_gather(p, place, launch);
   if (kernel == GemmKernel::kSimt) return simt_wgrad(p, launch);
   const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
   return launch_dtype(kernel, p, has_wide_results(host), launch);

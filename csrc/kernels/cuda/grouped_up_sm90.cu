@@ -2,8 +2,7 @@
 // pre-activation to dtype, as grouped_mm does, writes it when it is wanted, applies the activation and writes the output.
 #include "../activation.h"
 #include "gathered_gemm_sm90.cuh"
-#include "grouped_up_config.h"
-#include "kernels.h"
+#include "grouped_up_sm90.h"
 #include "pointer_table.h"
 #include "store_rows_sm90.cuh"
 #include "tensor_maps_sm90.h"
@@ -171,7 +170,7 @@ template <class T>
 Status launch_type(const GroupedUpParams& p, const Launch& launch) {
   const UpOperands operands = up_operands(p);
   char* place = static_cast<char*>(launch.workspace);
-  return choose({p.S, p.E}).kernel == UpKernel::kCooperative ? launch_layout<T, UpCooperative>(p, operands, place, launch)
+  return up_is_cooperative(p.S, p.E) ? launch_layout<T, UpCooperative>(p, operands, place, launch)
                                                              : launch_layout<T, UpPingpong>(p, operands, place, launch);
 }
 
@@ -195,6 +194,6 @@ Status launch(const GroupedUpParams& p, const Launch& launch) {
 
 }  // namespace
 
-const Kernel<GroupedUpParams> grouped_up = {supports, workspace, launch};
+const Kernel<GroupedUpParams> grouped_up_sm90 = {supports, workspace, launch};
 
 }  // namespace moe::cuda

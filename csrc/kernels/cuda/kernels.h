@@ -13,9 +13,8 @@ extern const Kernel<GroupedMmWgradParams> grouped_mm_wgrad;
 extern const Kernel<GroupedBiasGradParams> grouped_bias_grad;
 extern const Kernel<GatedActivationParams> gated_activation;
 extern const Kernel<GatedActivationBackwardParams> gated_activation_backward;
-#if defined(MOE_CUDA_SM90)
+extern const Kernel<GroupedDownBackwardParams> grouped_down_backward;
 extern const Kernel<GroupedUpParams> grouped_up;
-#endif
 
 // Kernels of this library for any device of the architectures it was built for.
 const KernelTable& table();

@@ -125,9 +125,17 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared) : "memory");
   return v;
 }
+__device__ __forceinline__ uint2 load_shared_8(uint32_t shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_8(uint32_t shared, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(v.x), "r"(v.y) : "memory");
+}
 
 // ---- wgmma: d (64 x N, float32, spread over the warpgroup) += a (64 x 16) times b (16 x N).
-// a is K-major; b is K-major, or MN-major with kMnMajorB. Both lie in shared memory, as the descriptors say.
+// Each is K-major, or MN-major with kMnMajorA, kMnMajorB. Both lie in shared memory, as the descriptors say.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -157,16 +165,16 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
       MOE_D8(d, i + 56)
 #define MOE_WGMMA_128(type)                                                                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MOE_FIRST_64 \
-               "}, %64, %65, p, 1, 1, 0, %66;\n}"                                                                                     \
+               "}, %64, %65, p, 1, 1, %66, %67;\n}"                                                                                   \
                : MOE_D64(d, 0)                                                                                                        \
-               : "l"(a), "l"(b), "n"(kMnMajorB ? 1 : 0))
+               : "l"(a), "l"(b), "n"(kMnMajorA ? 1 : 0), "n"(kMnMajorB ? 1 : 0))
 #define MOE_WGMMA_256(type)                                                                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" MOE_FIRST_64 \
-               ", " MOE_SECOND_64 "}, %128, %129, p, 1, 1, 0, %130;\n}"                                                               \
+               ", " MOE_SECOND_64 "}, %128, %129, p, 1, 1, %130, %131;\n}"                                                            \
                : MOE_D64(d, 0), MOE_D64(d, 64)                                                                                        \
-               : "l"(a), "l"(b), "n"(kMnMajorB ? 1 : 0))
+               : "l"(a), "l"(b), "n"(kMnMajorA ? 1 : 0), "n"(kMnMajorB ? 1 : 0))
 
-template <class T, bool kMnMajorB>
+template <class T, bool kMnMajorA, bool kMnMajorB>
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     MOE_WGMMA_128("bf16");
@@ -174,7 +182,7 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
     MOE_WGMMA_128("f16");
   }
 }
-template <class T, bool kMnMajorB>
+template <class T, bool kMnMajorA, bool kMnMajorB>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     MOE_WGMMA_256("bf16");

@@ -18,9 +18,8 @@ const KernelTable& table() {
     table.unpermute_backward = unpermute_backward;
     table.gated_activation = gated_activation;
     table.gated_activation_backward = gated_activation_backward;
-#if defined(MOE_CUDA_SM90)
+    table.grouped_down_backward = grouped_down_backward;
     table.grouped_up = grouped_up;
-#endif
     return table;
   }();
   return t;

@@ -43,11 +43,14 @@ Status encode(CUtensorMap& map, DType dtype, const BoxedArray& a) {
   cuuint64_t sizes[3], strides[2];
   for (int i = 0; i < 3; ++i) sizes[i] = static_cast<cuuint64_t>(a.size[i]);
   for (int i = 0; i < 2; ++i) strides[i] = static_cast<cuuint64_t>(a.stride[i]) * 2;
-  const cuuint32_t box[3] = {kRowBytes / 2, static_cast<cuuint32_t>(a.box_rows), 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(a.box_columns), static_cast<cuuint32_t>(a.box_rows),
+                             static_cast<cuuint32_t>(a.box_parts)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const auto swizzle = a.box_columns * 2 == kRowBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const Encode function = find_encode();
   if (!function) return Status::kLaunchFailed;
   const CUresult result = function(&map, type, 3, const_cast<void*>(a.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                   swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? Status::kOk : Status::kLaunchFailed;
 }
 

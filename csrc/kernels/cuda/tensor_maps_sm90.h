@@ -9,12 +9,12 @@ namespace moe::cuda {
 
 constexpr int64_t kMapBytes = sizeof(CUtensorMap);
 
-// An array of 16-bit elements in up to three dimensions, the first contiguous; strides of the others count elements. Boxes have two
-// dimensions, rows of 64 elements, and are swizzled; what of a box lies outside is read as zero and not written.
+// An array of 16-bit elements in up to three dimensions, the first contiguous; strides of the others count elements. Boxes have rows
+// of 64 elements, or 32, and are swizzled over as many bytes; what of a box lies outside is read as zero and not written.
 struct BoxedArray {
   const void* data = nullptr;
   int64_t size[3] = {0, 0, 1}, stride[2] = {0, 0};
-  int box_rows = 0;
+  int box_rows = 0, box_columns = kRowBytes / 2, box_parts = 1;
 };
 Status encode(CUtensorMap& map, DType dtype, const BoxedArray& array);
 
