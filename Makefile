@@ -5,6 +5,8 @@
 #   make build    the libraries, in place           make bench    forward and backward against transformers
 #   make gpu      tests, speed and profile on the GPU of this machine, into benchmarks/results; GPU_FLAGS, as --only speed
 #   make gpu-status  what has run on a GPU, and whether it was today's CUDA sources
+#   make gpu-counters  what the CUDA kernels move, counted on the simulated GPU (needs nvcc)
+#   make gpusim-full   the kernels' tests on the simulated GPU in every mode: slow (needs nvcc)
 #   make clean    removes what was built; make distclean also the environments
 # Variables: PYTHON (the interpreter environments are made from), VENVS (where they go), MOE_EXT_CUDA, MAX_JOBS, and the others of setup.py.
 
@@ -18,7 +20,7 @@ CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench gpu gpu-status clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
 
 build:
 	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
@@ -60,6 +62,12 @@ gpu: build
 
 gpu-status:
 	@$(PYTHON) build_tools/gpu_status.py
+
+gpu-counters: build
+	$(VENV)/bin/python -m build_tools.gpu_counters
+
+gpusim-full: build
+	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest $(wildcard tests/test_gpusim*.py) $(PYTEST_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache

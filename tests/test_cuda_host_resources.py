@@ -114,6 +114,8 @@ def test_every_gemm_kernel_is_recorded_with_its_instructions() -> None:
         assert line.spilled == 0 or not source.startswith(kernel_resources.GEMM_FILES), name
         if kernel.startswith("wgmma"):
             assert line.instructions["HGMMA"] and line.instructions["UTMALDG"] and line.instructions["UTMASTG"], name
+        elif kernel.startswith("few_rows_kernel"):
+            assert line.instructions["HMMA"] and not line.instructions["LDSM"] and line.registers <= 128, name  # two blocks of 256
         elif kernel.startswith("mma_kernel"):
             assert line.instructions["HMMA"] and line.instructions["LDSM"], name
             assert bool(line.instructions["LDGSTS"]) == kernel.endswith("true>"), name  # the others load element by element

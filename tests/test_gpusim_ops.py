@@ -7,18 +7,21 @@ device would need many draws for (results of a few numbers) is left to whole num
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import plain_ops
 import pytest
 import torch
 from error_rule import check_error_rule
+from gpusim.few_rows import FEW_ROWS_CASES
 from gpusim.harness import folder, needs_nvcc
 from gpusim.mutations import kernels_of_9_0
 from op_table import (
     ACTIVATIONS,
     ALL_STACKED,
     CASES,
+    GPT_OSS,
     Build,
     Case,
     Inputs,
@@ -37,7 +40,14 @@ pytestmark = needs_nvcc
 
 FEW_NUMBERS = ("tiny_bias", "single_token", "k_is_1", "all_dropped", "no_tokens", "no_rows")
 LAYER_OPS = ("grouped_forward", "_grouped")
-MODES = [{"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "late", "SCHED": "2"}]
+MODES: list[dict[str, str | int]] = [{"ASYNC": "early"}, {"ASYNC": 1, "SCHED": 1}, {"ASYNC": "late", "SCHED": 2}]
+DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16,)
+# `make gpusim-full`
+FULL = os.environ.get("GPUSIM_FULL") == "1"
+if FULL:
+    MODES += [{"ASYNC": seed, "SCHED": seed} for seed in range(3, 7)]
+    MODES += [{"ASYNC": "late", "STRICT": 1}, {"ASYNC": "late", "SMS": 1}, {"ASYNC": "late", "SMS": 2, "SCHED": 7}]
+    DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Shapes that every kernel of sm_90a accepts: multiples of 8, with tails in each direction of every tile; the last two fill
 # the tiles of the cooperative kernel and its clusters.
@@ -73,6 +83,21 @@ def unaligned_view(build: Build) -> Build:
     return built
 
 
+# For GPUSIM_FULL.
+WIDER = {
+    "grouped_mm": {
+        "wide": mm_case("grouped_mm", T=900, E=5, inputs=648, outputs=520),
+        "wide_transposed": mm_case("grouped_mm", T=900, E=5, inputs=648, outputs=520, transposed=True),
+        "many_experts": mm_case("grouped_mm", T=700, E=70, inputs=264, outputs=392),
+    },
+    "grouped_mm_wgrad": {"wide": mm_case("grouped_mm_wgrad", T=900, E=5, inputs=392, outputs=520)},
+    "grouped_forward": {
+        "wide": layer(T=300, K=4, E=9, H=264, I=200),
+        "wide_gpt_oss": layer(T=300, K=4, E=9, H=264, I=200, **GPT_OSS),
+    },
+}
+if FULL:
+    HOPPER = {op: {**cases, **WIDER[op]} for op, cases in HOPPER.items()}
 # No row begins at a multiple of 16 bytes: elements are loaded one by one.
 ODD = {
     "grouped_mm": {
@@ -150,7 +175,7 @@ def ran(gpu: SimulatedGpu, word: str) -> bool:
 
 @pytest.mark.parametrize("case", [*(c for c in CASES if c.label not in FEW_NUMBERS), *ODD_CASES, *WIDE_CASES], ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(case: Case, ampere: SimulatedGpu) -> None:
-    dtypes = (torch.bfloat16,) if case.op.startswith(LAYER_OPS) else (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = DTYPES if case.op.startswith(LAYER_OPS) else (torch.float32, torch.bfloat16, torch.float16)
     for dtype in dtypes:
         check_error_rule(case, dtype, "cpu")
         assert ampere.take_launches(), "nothing ran on the simulated GPU"
@@ -180,16 +205,17 @@ def test_kernels_of_9_0(case: OwnCase, hopper: SimulatedGpu) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("case", HOPPER_CASES[:-1], ids=str)
-def test_any_order_of_events(case: OwnCase, architecture: int, mode: dict[str, str]) -> None:
+@pytest.mark.parametrize("case", [*HOPPER_CASES, *ODD_CASES, *CASES] if FULL else HOPPER_CASES[:-1], ids=str)
+def test_any_order_of_events(case: Case, architecture: int, mode: dict[str, str | int]) -> None:
     """Asynchronous work early, late and in between, warps in other orders: the same bits."""
-    with simulated_gpu(folder(), architecture):
-        args, kwargs = case.inputs(torch.bfloat16)
-        expected = results_and_gradients(case, case.function, args, kwargs)
-    with simulated_gpu(folder(), architecture, **mode):
-        args, kwargs = case.inputs(torch.bfloat16)
-        found = results_and_gradients(case, case.function, args, kwargs)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    for dtype in DTYPES:
+        with simulated_gpu(folder(), architecture):
+            args, kwargs = case.inputs(dtype)
+            expected = results_and_gradients(case, case.function, args, kwargs)
+        with simulated_gpu(folder(), architecture, **mode):
+            args, kwargs = case.inputs(dtype)
+            found = results_and_gradients(case, case.function, args, kwargs)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("case", [c for c in [*ODD_CASES, *WIDE_CASES] if not c.op.startswith(("_", "grouped_mm"))], ids=str)
@@ -219,6 +245,7 @@ def test_every_kernel_runs() -> None:
     chosen = [c for c in CASES if c.op in (*operations, "gated_activation_backward") and c.label != "no_rows"]
     chosen += [Case("grouped_forward", "gpt_oss"), Case("grouped_mm.list", "bias"), Case("grouped_mm", "transposed")]
     chosen += [Case("grouped_mm_wgrad", "default"), Case("_grouped_backward", "all")]
+    chosen += [c for c in FEW_ROWS_CASES if c.label in ("few", "few_transposed_bias", "few_gpt_oss")]
     for architecture in (80, 90):
         with simulated_gpu(folder(), architecture) as gpu:
             for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -228,7 +255,7 @@ def test_every_kernel_runs() -> None:
             for ids, T, E in itertools.product((torch.int32, torch.int64), (30, 4400), (37, 9001)):
                 torch.ops.moe.sort_by_expert(Maker(torch.float32).ids("dropped", T, 4, E, ids), E)
             seen |= {launch["kernel"] for launch in gpu.take_launches()}
-            missing = {name for name in gpu.kernels() if "_instructions_cu_" not in name} - seen  # those of another test file
+            missing = {name for name in gpu.kernels() if "_instructions_" not in name} - seen  # those of another test file
     assert not missing, "\n".join(sorted(missing))
 
 

@@ -9,7 +9,10 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,34 +35,51 @@ def folder() -> Path:
     return gpusim.build().simulator.parent
 
 
-class Instructions:
-    """The kernels of instructions.cu, for one target."""
+class Loaded:
+    """A library of kernels over the simulator; its function `run` launches them."""
 
-    def __init__(self, output: Path, architecture: str) -> None:
-        self.library = ctypes.CDLL(str(gpusim.compile_test(Path(__file__).parent / "instructions.cu", output, architecture)))
+    def __init__(self, library: Path, architecture: int) -> None:
+        self.library = ctypes.CDLL(str(library))
         self.simulator = ctypes.CDLL(str(gpusim.build(kernels=False).simulator))
         self.simulator.gpusim_take_error.restype = ctypes.c_char_p
-        self.architecture = int(architecture[:2])
+        self.architecture = architecture
 
-    def register(self, t: Tensor) -> ctypes.c_void_p:
+    def call(self, *arguments: Any) -> str:
+        """Tensors become device memory for the call. What the simulator complains about, or ''."""
         self.simulator.gpusim_set_architecture(self.architecture)
-        self.simulator.gpusim_register(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.numel() * t.element_size()))
-        return ctypes.c_void_p(t.data_ptr())
-
-    def run(self, name: str, given: Tensor, result: Tensor, n: int = 0) -> str:
-        """What the simulator complains about, or ''."""
-        pointers = [self.register(t) for t in (given, result)]
-        status = self.library.run(name.encode(), *pointers, n)
-        self._forget(given, result)
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        for t in tensors:
+            self.simulator.gpusim_register(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.numel() * t.element_size()))
+        status = self.library.run(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments))
+        for t in tensors:
+            self.simulator.gpusim_unregister(ctypes.c_void_p(t.data_ptr()))
         message = str(self.simulator.gpusim_take_error().decode())
         assert (status == 0) == (message == ""), (status, message)
         return message
 
-    def run_tma(self, given: Tensor, result: Tensor, image: Tensor) -> str:
-        self.library.run_tma(*(self.register(t) for t in (given, result, image)))
-        self._forget(given, result, image)
-        return str(self.simulator.gpusim_take_error().decode())
 
-    def _forget(self, *tensors: Tensor) -> None:
-        for t in tensors:
-            self.simulator.gpusim_unregister(ctypes.c_void_p(t.data_ptr()))
+class Instructions(Loaded):
+    """The kernels of instructions.cu, or of another file like it, for one target."""
+
+    def __init__(self, output: Path, architecture: str, source: str = "instructions.cu") -> None:
+        super().__init__(gpusim.compile_test(Path(__file__).parent / source, output, architecture), int(architecture[:2]))
+
+    def run(self, name: str, given: Tensor, result: Tensor, n: int = 0, change: str = "") -> str:
+        """change: a mutation (ptx/mutation.h) of kernels whose names contain `name`."""
+        with changed(self.simulator, f"{name};{change}" if change else ""):
+            return self.call(name.encode(), given, result, n)
+
+
+@contextmanager
+def changed(simulator: ctypes.CDLL, mutation: str) -> Iterator[None]:
+    """Kernels are decoded anew, so that the statement is changed, and once more afterwards."""
+    if not mutation:
+        yield
+        return
+    simulator.gpusim_forget_kernels()
+    os.environ["GPUSIM_MUTATE"] = mutation
+    try:
+        yield
+    finally:
+        del os.environ["GPUSIM_MUTATE"]
+        simulator.gpusim_forget_kernels()

@@ -1,7 +1,5 @@
 // One small kernel per family of instructions, and one per mistake the simulator must report. tests/test_gpusim.py computes what each
-// should give by other means. run(name, in, out, n) launches one; the answer is the CUDA error.
-#include <cooperative_groups.h>
-#include <cuda.h>
+// should give by other means. run(name, in, out, n) launches one; the answer is the CUDA error. What needs sm_90a: instructions_sm90.cu.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -88,6 +86,29 @@ __global__ void warps(const int* in, int* out, int) {
   o[6] = __reduce_add_sync(~0u, v);
   o[7] = __any_sync(~0u, v == 77) + 2 * __all_sync(~0u, v < 100);
 }
+// redux and match among two groups of lanes: those that 3 divides, and the others
+__global__ void groups(const int* in, int* out, int) {
+  const int t = threadIdx.x, v = in[t];
+  const unsigned u = static_cast<unsigned>(v), thirds = 0x49249249u;
+  int* o = out + 10 * t;
+  const auto reduce = [&](unsigned mask) {
+    o[0] = __reduce_add_sync(mask, v);
+    o[1] = __reduce_min_sync(mask, v);
+    o[2] = __reduce_max_sync(mask, v);
+    o[3] = static_cast<int>(__reduce_min_sync(mask, u));
+    o[4] = static_cast<int>(__reduce_max_sync(mask, u));
+    o[5] = static_cast<int>(__reduce_and_sync(mask, u | 0x100));
+    o[6] = static_cast<int>(__reduce_or_sync(mask, u));
+    o[7] = static_cast<int>(__reduce_xor_sync(mask, u));
+    int all;
+    o[8] = static_cast<int>(__match_all_sync(mask, t % 3 ? v : 7, &all));  // all values of one group are 7
+    o[9] = 2 * all + static_cast<int>(__match_any_sync(mask, static_cast<unsigned long long>(v & 1) << 40) >> t & 1);
+  };
+  if (t % 3)
+    reduce(~thirds);
+  else
+    reduce(thirds);
+}
 __device__ __noinline__ int collatz(int n) {
   int steps = 0;
   while (n != 1) {
@@ -116,15 +137,15 @@ __global__ void lock(const int*, int* out, int) {
     }
   }
 }
-// The last block sums what all have written.
+// The last block sums what all have written. Without the fence it may read what was there before.
+template <bool kFence>
 __global__ void ticket(const int* in, int* out, int n) {
-  __shared__ bool last;
+  if (threadIdx.x) return;
   out[2 + blockIdx.x] = in[blockIdx.x] * 2;
+  if (kFence) __threadfence();
+  if (atomicAdd(out, 1) != static_cast<int>(gridDim.x) - 1) return;
   __threadfence();
-  if (threadIdx.x == 0) last = atomicAdd(out, 1) == static_cast<int>(gridDim.x) - 1;
-  __syncthreads();
-  if (last && threadIdx.x == 0)
-    for (int b = 0; b < n; ++b) atomicAdd(out + 1, out[2 + b]);
+  for (int b = 0; b < n; ++b) out[1] += out[2 + b];
 }
 
 // ---- tensor cores of sm_80: out = A (16 x 16, row) times B (16 x 8, as 8 rows of k), through ldmatrix
@@ -160,6 +181,9 @@ __global__ void transposed(const uint16_t* in, uint16_t* out, int) {
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(A + t % 8 * 8))));
   memcpy(out + t / 4 * 8 + t % 4 * 2, &r, 4);
 }
+__global__ void movmatrix(const uint32_t* in, uint32_t* out, int) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out[threadIdx.x]) : "r"(in[threadIdx.x]));
+}
 __global__ void tf32(const float* in, float* out, int) {  // A: 16 x 8, B: 8 rows of k
   const int t = threadIdx.x, g = t / 4, k = t % 4;
   uint32_t a[4], b[2];
@@ -184,74 +208,33 @@ __global__ void copies(const uint8_t* in, uint8_t* out, int) {
   for (int i = 0; i < 16; ++i) out[16 * t + i] = buffer[16 * t + i];
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ void init(uint64_t* bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
+// ---- atomics: one number each of n threads
+__global__ void atomics(const int* in, int* out, int) {
+  const int v = in[threadIdx.x];
+  __shared__ unsigned least;
+  if (threadIdx.x == 0) least = 0xffffffffu;
+  __syncthreads();
+  atomicMin(&least, static_cast<unsigned>(v));
+  __syncthreads();
+  if (threadIdx.x == 0) out[0] = static_cast<int>(least);
+  atomicAdd(out + 1, v);
+  atomicMin(out + 2, v);
+  atomicMax(out + 3, v);
+  atomicAnd(out + 4, v);
+  atomicOr(out + 5, v);
+  atomicXor(out + 6, v);
+  atomicAdd(reinterpret_cast<float*>(out + 7), static_cast<float>(threadIdx.x));
+  atomicAdd(reinterpret_cast<unsigned long long*>(out + 8), 0x100000001ull);
 }
-__device__ void expect(uint64_t* bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ void wait(uint64_t* bar, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nLOOP:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra END;\nbra LOOP;\nEND:\n}" ::"r"(
-          shared_address(bar)),
-      "r"(parity)
-      : "memory");
-}
-#define GPUSIM_HOPPER(...) __VA_ARGS__
-#define GPUSIM_CLUSTER __cluster_dims__(4, 1, 1)
-#else
-#define GPUSIM_HOPPER(...)
-#define GPUSIM_CLUSTER
-#endif
 
-// ---- TMA: a 64 x 8 box (bf16, 128-byte swizzle) at column 40, row -2 of a 90 x 20 tensor; stored back at (8, 13) of another
-__global__ void tma(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, uint16_t* image) {
-  GPUSIM_HOPPER(
-      __shared__ __align__(1024) uint16_t box[64 * 8]; __shared__ uint64_t bar; if (threadIdx.x == 0) {
-        init(&bar, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;");
-      } __syncthreads();
-      if (threadIdx.x == 0) {
-        expect(&bar, 1024);
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                         shared_address(box)),
-                     "l"(&from), "r"(40), "r"(-2), "r"(shared_address(&bar))
-                     : "memory");
-      } wait(&bar, 0);
-      for (int i = threadIdx.x; i < 512; i += blockDim.x) image[i] = box[i]; __syncthreads(); if (threadIdx.x == 0) {
-        asm volatile("fence.proxy.async.shared::cta;");
-        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&to), "r"(8), "r"(13),
-                     "r"(shared_address(box))
-                     : "memory");
-        asm volatile("cp.async.bulk.commit_group;");
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-      })
-}
-// ---- wgmma m64n8k16: A 64 x 16 and B 8 x 16, K-major without swizzle (8 x 8 cores of 128 bytes)
-__global__ void wgmma(const __nv_bfloat16* in, float* out, int) {
-  GPUSIM_HOPPER(__shared__ __align__(1024) __nv_bfloat16 A[64 * 16]; __shared__ __align__(1024) __nv_bfloat16 B[8 * 16];
-                const int t = threadIdx.x;
-                for (int i = t; i < 64 * 16; i += 128) A[i / 16 / 8 * 128 + i % 16 / 8 * 64 + i / 16 % 8 * 8 + i % 8] = in[i];
-                B[t % 16 / 8 * 64 + t / 16 % 8 * 8 + t % 8] = in[1024 + t]; asm volatile("fence.proxy.async.shared::cta;"); __syncthreads();
-                const uint64_t leading = 128 >> 4; const uint64_t stride = 256 >> 4;
-                const uint64_t a = (shared_address(A) >> 4) | leading << 16 | stride << 32;
-                const uint64_t b = (shared_address(B) >> 4) | leading << 16 | stride << 32; float c[4] = {0.5f, 0.5f, 0.5f, 0.5f};
-                asm volatile("wgmma.fence.sync.aligned;");
-                asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, "
-                             "%3}, %4, %5, p, 1, 1, 0, 0;\n}" : "+f"(c[0]),
-                             "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a), "l"(b));
-                asm volatile("wgmma.commit_group.sync.aligned;");
-                asm volatile("wgmma.wait_group.sync.aligned 0;" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
-                for (int i = 0; i < 4; ++i) out[(t / 32 * 16 + t % 32 / 4 + 8 * (i / 2)) * 8 + t % 4 * 2 + i % 2] = c[i];)
-}
-// ---- clusters: every CTA adds its rank into the shared memory of the next, then reports what it received
-__global__ void GPUSIM_CLUSTER cluster(const int*, int* out, int) {
-  GPUSIM_HOPPER(__shared__ int received; auto group = cooperative_groups::this_cluster(); if (threadIdx.x == 0) received = 100;
-                group.sync(); if (threadIdx.x == 0)
-                    atomicAdd(group.map_shared_rank(&received, (group.block_rank() + 1) % 4), static_cast<int>(group.block_rank()));
-                group.sync(); if (threadIdx.x == 0) out[blockIdx.x] = received;)
+// ---- counters: 32 threads load 128 bytes twice and store 64; one store conflicts 4 ways, one load in half of the banks; one barrier
+__global__ void counted(const int* in, short* out, int) {
+  __shared__ int s[128];
+  const volatile int* again = in;
+  const int t = threadIdx.x, v = again[t] + again[t];
+  s[4 * t] = v;
+  __syncthreads();
+  out[t] = static_cast<short>(s[t / 2 * 4]);
 }
 
 // ---- mistakes
@@ -276,6 +259,13 @@ __global__ void missing_warp_barrier(const int* in, int* out, int) {
   __syncwarp();
   s[threadIdx.x] = in[threadIdx.x];
   out[threadIdx.x] = s[31 - threadIdx.x];
+}
+__global__ void two_writers(const int*, int* out, int) { out[threadIdx.x + 16 * blockIdx.x] = 1; }
+__global__ void reader_and_writer(const int*, int* out, int) {
+  if (blockIdx.x)
+    out[threadIdx.x + 32] = 1;
+  else
+    out[threadIdx.x] = out[63 - threadIdx.x];
 }
 __global__ void half_barrier(const int*, int* out, int) {
   if (threadIdx.x < 32) asm volatile("bar.sync 1, 64;");
@@ -305,19 +295,6 @@ int launch(void (*kernel)(const In*, Out*, int), int blocks, int threads, const 
   return cudaGetLastError();
 }
 
-CUtensorMap encode(const void* data, uint64_t columns, uint64_t rows) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult status;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
-  alignas(64) CUtensorMap map;
-  const cuuint64_t dims[2] = {columns, rows}, strides[1] = {(columns * 2 + 15) / 16 * 16};
-  const cuuint32_t box[2] = {64, 8}, steps[2] = {1, 1};
-  reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return map;
-}
-
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int run(const char* name, const void* in, void* out, int n) {
@@ -329,20 +306,25 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, cons
   GPUSIM_RUN(conversions, 1, n)
   GPUSIM_RUN(doubles, 1, n)
   GPUSIM_RUN(warps, 1, 32)
+  GPUSIM_RUN(groups, 1, 32)
   GPUSIM_RUN(divergence, 1, 64)
   GPUSIM_RUN(lock, 3, 64)
-  GPUSIM_RUN(ticket, n, 64)
+  GPUSIM_RUN(ticket<true>, n, 64)
   GPUSIM_RUN(mma, 1, 32)
   GPUSIM_RUN(transposed, 1, 32)
+  GPUSIM_RUN(movmatrix, 1, 32)
   GPUSIM_RUN(tf32, 1, 32)
   GPUSIM_RUN(copies, 1, 32)
-  GPUSIM_RUN(wgmma, 1, 128)
-  GPUSIM_RUN(cluster, 8, 32)
+  GPUSIM_RUN(atomics, 1, 64)
+  GPUSIM_RUN(counted, 1, 32)
   GPUSIM_RUN(out_of_bounds, 1, 32)
   GPUSIM_RUN(misaligned, 1, 32)
   GPUSIM_RUN(unwritten_shared, 1, 32)
   GPUSIM_RUN(missing_barrier, 1, 64)
   GPUSIM_RUN(missing_warp_barrier, 1, 32)
+  GPUSIM_RUN(two_writers, 2, 32)
+  GPUSIM_RUN(reader_and_writer, 2, 32)
+  GPUSIM_RUN(ticket<false>, n / 16, 32)
   GPUSIM_RUN(half_barrier, 1, 64)
   GPUSIM_RUN(bounded, 1, 64)
   GPUSIM_RUN(missing_copy_wait, 1, 32)
@@ -350,9 +332,4 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, cons
   GPUSIM_RUN(unknown_opcode, 1, 32)
 #undef GPUSIM_RUN
   return -1;
-}
-extern "C" __attribute__((visibility("default"))) int run_tma(const void* from, void* to, void* image) {
-  const CUtensorMap a = encode(from, 90, 20), b = encode(to, 40, 20);
-  tma<<<1, 64>>>(a, b, static_cast<uint16_t*>(image));
-  return cudaGetLastError();
 }

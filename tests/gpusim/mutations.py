@@ -6,23 +6,26 @@ statement of the kernels in turn, to find those that no run depends on.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent.parent)]
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from error_rule import check_error_rule  # noqa: E402
-from op_table import CASES, Case  # noqa: E402
+from op_table import CASES, Build, Case, Maker, mm_case, rows_case  # noqa: E402
 
+from gpusim.few_rows import FEW_ROWS_CASES  # noqa: E402
 from gpusim.harness import folder  # noqa: E402
 from moe_ext.testing import SimulatedGpu, SimulationError, simulated_gpu  # noqa: E402
 
@@ -48,6 +51,7 @@ class Mutation:
 
 SM80, WGRAD, SM90, GATHER = "grouped_mm_cu", "grouped_mm_wgrad_cu", "GemmUniversal", "wgrad_gather_kernel"
 TAILS, NOINC = "grouped_mm_wgrad-tails", "cp.async.mbarrier.arrive.noinc.shared::cta.b64"
+FEW, FEW_UP = "few_rows_kernelI13__nv_bfloat16LNS0_5MajorE0ENS_15GroupedMm", "few_rows_kernelI13__nv_bfloat16LNS0_5MajorE1ENS_15GroupedUp"
 MUTATIONS = [
     Mutation("sort: first barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync"),
     Mutation("sort: second barrier dropped", 80, "sort_by_expert-random_int64", "sort_kernel", "bar.sync", 1),
@@ -67,6 +71,14 @@ MUTATIONS = [
     Mutation("mma.sync: half of a result's sums", 80, "grouped_mm-large", SM80, "ld.shared.v4.f32", 1),
     Mutation("wgrad mma.sync: barrier dropped", 80, "grouped_mm_wgrad-tails", WGRAD, "bar.sync"),
     Mutation("wgrad mma.sync: copies not waited for", 80, "grouped_mm_wgrad-tails", WGRAD, "cp.async.wait_group"),
+    Mutation("few rows: sums read before all are written", 80, "grouped_mm-few_long", FEW, "bar.sync"),
+    Mutation("few rows: sums overwritten before all are read", 80, "grouped_mm-few_many_outputs", FEW, "bar.sync", 1),
+    Mutation("few rows: a product dropped", 80, "grouped_mm-few_long", FEW, "mma.sync", 5),
+    Mutation("few rows: a slice of weights not loaded", 80, "grouped_mm-few_long", FEW, "ld.global.nc.L1::no_allocate", 13),
+    Mutation("few rows: a sum not stored", 80, "grouped_mm-few", FEW, "st.shared"),
+    Mutation("few rows: rows of x not loaded", 80, "grouped_mm-few_long", FEW, "ld.global.nc.v4", 3),
+    Mutation("few rows, up: a product dropped", 80, "grouped_forward-few_gpt_oss", FEW_UP, "mma.sync", 3),
+    Mutation("few rows, up: sums overwritten", 80, "grouped_forward-few_wide_gpt_oss", FEW_UP, "bar.sync", 1),
     Mutation("wgmma: a product dropped", 90, "grouped_mm-tails", SM90, "wgmma.mma_async"),
     Mutation("wgmma: accumulators reset within a tile", 90, "grouped_mm-tails", SM90, "setp.ne.b32 p", 1, ", 0=>, 1"),
     Mutation("wgmma: A negated", 90, "grouped_mm-tails", SM90, "wgmma.mma_async", 1, "p, 1, 1=>p, -1, 1"),
@@ -88,6 +100,10 @@ MUTATIONS = [
     Mutation("wgrad gather: arrival before the copies", 90, TAILS, GATHER, NOINC, 0, f"{NOINC}=>mbarrier.arrive.shared::cta.b64 _,"),
     Mutation("wgrad gather: stage filled before it is free", 90, TAILS, GATHER, "mbarrier.try_wait", 0, "true"),
     Mutation("wgrad gather: box read before it is written", 90, TAILS, GATHER, "bar.warp.sync"),
+    Mutation("registers: the producer keeps too many", 90, "grouped_mm-tails", SM90, "setmaxnreg.dec", 0, " 40=> 48"),
+    Mutation("epilogue: a store not waited for", 90, "grouped_mm-large", SM90, "cp.async.bulk.wait_group.read", 2),
+    Mutation("epilogue: the last store not waited for", 90, "grouped_mm-large", SM90, "cp.async.bulk.wait_group.read", 10),
+    Mutation("tensor map: copied before the warp has it", 90, "grouped_mm-tails", SM90, "bar.warp.sync", 1),
 ]
 SYNCHRONISING = (
     "bar.sync", "bar.warp.sync", "barrier.cluster", "mbarrier.arrive", "mbarrier.try_wait", "cp.async.wait_group", "cp.async.commit_group",
@@ -98,16 +114,16 @@ SYNCHRONISING = (
 def find_case(name: str) -> Case:
     from test_gpusim_ops import HOPPER_CASES, WIDE_CASES
 
-    return next(c for c in [*HOPPER_CASES, *WIDE_CASES, *CASES] if str(c) == name)
+    return next(c for c in [*HOPPER_CASES, *WIDE_CASES, *FEW_ROWS_CASES, *CASES] if str(c) == name)
 
 
 @contextmanager
-def mutated(setting: str, architecture: int, **mode: str) -> Iterator[SimulatedGpu]:
+def mutated(setting: str, architecture: int, **mode: str | int) -> Iterator[SimulatedGpu]:
     """Kernels are decoded anew, so that the statement is changed, and once more afterwards."""
     simulator = ctypes.CDLL(str(folder() / "libgpusim.so"))
     simulator.gpusim_forget_kernels()
     try:
-        with simulated_gpu(folder(), architecture, MUTATE=setting, LIMIT=200_000_000, **mode) as gpu:
+        with simulated_gpu(folder(), architecture, MUTATE=setting, **{"LIMIT": 200_000_000} | mode) as gpu:
             yield gpu
     finally:
         simulator.gpusim_forget_kernels()
@@ -144,37 +160,155 @@ def table(mutations: list[Mutation]) -> str:
     return "\n".join(rows)
 
 
-def sweep() -> list[Mutation]:
-    """Every synchronising statement of the kernels above, each dropped (a wait with a predicate: taken as true)."""
-    found = []
-    for architecture, case, kernel in (
-        (80, "grouped_mm-large", SM80),
-        (80, "grouped_mm_wgrad-tails", WGRAD),
-        (90, "grouped_mm-large", SM90),
-    ):
-        for text in SYNCHRONISING:
-            for k in range(count(architecture, case, kernel, text)):
-                action = "true" if text == "mbarrier.try_wait" else "drop"
-                found.append(Mutation(f"{text} {k}", architecture, case, kernel, text, k, action))
-    return found
+# ---- the sweep
+@dataclass(frozen=True)
+class Sweep:
+    """Every synchronising statement of the kernels whose names contain `kernel` is dropped, in a run of one op.
+
+    More k-blocks than stages, and more tiles than blocks (`multiprocessors`): what protects the second use of a buffer is needed.
+    """
+
+    name: str
+    architecture: int
+    kernel: str
+    op: str
+    build: Build
+    multiprocessors: int = 2
+
+    def run(self, setting: str = "none;-;0;drop", **mode: str | int) -> tuple[list[torch.Tensor], int]:
+        """The results, and how many instructions the kernels took."""
+        with mutated(setting, self.architecture, **{"SMS": self.multiprocessors, "LIMIT": 200_000_000} | mode) as gpu:
+            args, kwargs = self.build(Maker(torch.bfloat16, self.name))
+            results = Case(self.op, self.name).function(*args, **kwargs)
+            results = [results] if isinstance(results, torch.Tensor) else list(results)
+            return [r.clone() for r in results], max(launch["instructions"] for launch in gpu.take_launches())
+
+    def sites(self) -> list[tuple[str, int]]:
+        return [(text, k) for text in SYNCHRONISING for k in range(self.count(text))]
+
+    def count(self, text: str) -> int:
+        """How many statements match, as the simulator says on stderr (of the process, so a file is put in its place)."""
+        kept = os.dup(2)
+        with tempfile.TemporaryFile("w+") as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                self.run(f"{self.kernel};{text};count;print")
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
+            said.seek(0)
+            return max((int(n) for n in re.findall(r"gpusim: (\d+) statements of", said.read())), default=0)
+
+    def noticed(self, text: str, k: int, expected: list[torch.Tensor], instructions: int) -> str:
+        """How the drop of one statement shows (a wait with a predicate: taken as true), or ''."""
+        action = "true" if text == "mbarrier.try_wait" else "drop"
+        for mode in SWEEP_MODES:
+            name = " ".join(f"{key}={value}" for key, value in mode.items() if key != "STRICT")
+            try:
+                found, _ = self.run(f"{self.kernel};{text};{k};{action}", LIMIT=20 * instructions, **mode)
+            except (SimulationError, RuntimeError) as error:
+                return f"{name}: {first_words(str(error))}"
+            if not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
+                return f"{name}: wrong result"
+        return ""
 
 
-def count(architecture: int, case: str, kernel: str, text: str) -> int:
-    """How many statements match, as the simulator says on stderr (of the process, so a pipe is put in its place)."""
-    reading, writing = os.pipe()
-    kept = os.dup(2)
-    os.dup2(writing, 2)
-    try:
-        with mutated(f"{kernel};{text};count;print", architecture):
-            args, kwargs = find_case(case).inputs(torch.bfloat16)
-            find_case(case).function(*args, **kwargs)
-    finally:
-        os.dup2(kept, 2)
-        os.close(writing)
-    said = os.read(reading, 1 << 16).decode()
-    os.close(reading)
-    return max((int(n) for n in re.findall(r"gpusim: (\d+) statements of", said)), default=0)
+def first_words(message: str) -> str:
+    """What went wrong, without the kernel and the place."""
+    message = re.sub(r"^_Z\w+: ", "", message)
+    return re.split(r" at |: |, | in |; ", message)[0 if not message.startswith("moe::") else 1][:60]
+
+
+SWEEP_MODES: list[dict[str, str | int]] = [{"ASYNC": "late", "STRICT": 1}, {"ASYNC": "early"}]
+SWEEP_MODES += [{"ASYNC": seed, "SCHED": seed} for seed in range(1, 4)]
+LARGE = {"T": 650, "E": 5, "inputs": 264, "outputs": 264}
+SMALL = {"T": 200, "E": 7, "inputs": 584, "outputs": 136}
+WIDE = {"T": 300, "E": 2, "inputs": 264, "outputs": 264}
+SWEEPS = [
+    Sweep("sort", 80, "sort", "sort_by_expert", lambda m: ((m.ids("dropped", 4400, 4, 37, torch.int32), 37), {})),
+    Sweep("unpermute backward", 80, "unpermute_backward", "unpermute_backward", rows_case("unpermute_backward", H=136)),
+    Sweep("bias gradient", 80, "bias_grad", "grouped_bias_grad", mm_case("grouped_bias_grad", T=90)),
+    Sweep("mma.sync", 80, SM80, "grouped_mm", mm_case("grouped_mm", **SMALL)),
+    Sweep("mma.sync wgrad", 80, WGRAD, "grouped_mm_wgrad", mm_case("grouped_mm_wgrad", **WIDE)),
+    Sweep("ping-pong", 90, SM90, "grouped_mm", mm_case("grouped_mm", **SMALL)),
+    Sweep("cooperative", 90, SM90, "grouped_mm", mm_case("grouped_mm", **LARGE)),
+    Sweep("cooperative wgrad", 90, SM90, "grouped_mm_wgrad", mm_case("grouped_mm_wgrad", **WIDE)),
+]
+
+
+# Why a drop is not noticed: read in the PTX around the statement, whose number is its place among those with the same words.
+NO_SOURCE = "waits for, or frees, a tile of C, and this epilogue has none"
+TAIL = "a producer's wait before it ends: needed when the other block of a cluster, or a consumer, is a whole tile behind"
+DESCRIPTOR = "no bulk copy reads the descriptor in shared memory: maps are read where they were copied to"
+SCHEDULER = "orders what no asynchronous copy touches: the scheduler's tile numbers"
+ONE_LANE = "between two parts that the same elected lane runs, or that share nothing"
+ORDERED = "the order is also that of another barrier: the next tile's number is read before its loads are announced"
+AHEAD = "waits again for what was just looked for: the loads were always issued before, in every order tried"
+EPILOGUE = "the two groups' epilogues take turns, and each ends with a wait for all its stores"
+REASONS = (
+    (("cooperative", "cooperative wgrad"), "bar.warp.sync", (0, 3, 4, 5), ONE_LANE),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", range(4, 12), NO_SOURCE),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", (12,), ORDERED),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", (13,), "needed from the ninth tile of a block on"),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", (22,), "lets the loads of A and B go first, for speed"),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", (*range(14, 22), *range(32, 36), *range(38, 42)), TAIL),
+    (("cooperative", "cooperative wgrad"), "mbarrier.try_wait", (1, 3), AHEAD),
+    (("cooperative", "cooperative wgrad"), "cp.async.bulk", (0, 9, 11, 12), DESCRIPTOR),
+    (("cooperative", "cooperative wgrad"), "cp.async.bulk.commit_group", (10,), DESCRIPTOR),
+    (("cooperative", "cooperative wgrad"), "fence.proxy", range(1, 16, 2), NO_SOURCE),
+    (("cooperative", "cooperative wgrad"), "fence.proxy", (17, 18, 19, 22), SCHEDULER),
+    (("ping-pong",), "bar.warp.sync", (0, 3, 4, 5), ONE_LANE),
+    (("ping-pong",), "mbarrier.try_wait", range(6, 10), NO_SOURCE),
+    (("ping-pong",), "mbarrier.try_wait", (10,), ORDERED),
+    (("ping-pong",), "mbarrier.try_wait", (12,), "needed from the ninth tile of a block on"),
+    (("ping-pong",), "mbarrier.try_wait", (21,), "lets the loads of A and B go first, for speed"),
+    (("ping-pong",), "mbarrier.try_wait", (*range(13, 21), *range(27, 31), *range(33, 42)), TAIL),
+    (("ping-pong",), "cp.async.bulk.wait_group", (0, 5, 7, 8), DESCRIPTOR),
+    (("ping-pong",), "cp.async.bulk.commit_group", (0, 5, 6, 7), DESCRIPTOR),
+    (("ping-pong",), "cp.async.bulk.wait_group", (1, 4), EPILOGUE),
+    (("ping-pong",), "bar.sync", (2, 8), EPILOGUE),
+    (("ping-pong",), "fence.proxy", range(1, 8, 2), NO_SOURCE),
+    (("ping-pong",), "fence.proxy", (9, 10, 11, 12, 15, 16), SCHEDULER),
+)
+
+
+def why_not(name: str, text: str, k: int) -> str:
+    reasons = [reason for names, part, ks, reason in REASONS if name in names and text.startswith(part) and k in ks]
+    return f"no: {reasons[0]}" if reasons else "**no**, and nobody has said why"
+
+
+HEAD = """# Synchronising statements that are dropped
+
+Each in turn, as the kernel's PTX is loaded (a wait with a predicate is taken as true), in one run per order of events on the simulated
+GPU. Written by `python tests/gpusim/mutations.py --sweep --markdown docs/gpusim-sweep.md`; the reasons are in that file.
+
+"""
+
+
+def sweep(chosen: list[Sweep]) -> str:
+    rows, missed = ["| kernel | dropped | noticed |", "|---|---|---|"], 0
+    for one in chosen:
+        expected, instructions = one.run()
+        for text, k in one.sites():
+            how = one.noticed(text, k, expected, instructions)
+            missed += not how
+            rows.append(f"| {one.name}, sm_{one.architecture} | {text} {k} | {how or why_not(one.name, text, k)} |")
+            print(rows[-1], file=sys.stderr, flush=True)
+    return HEAD + f"{len(rows) - 2 - missed} of {len(rows) - 2} drops are noticed.\n\n" + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    print(table(sweep() if "--sweep" in sys.argv else MUTATIONS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", nargs="*", metavar="NAME", help="names of SWEEPS, or none for all")
+    parser.add_argument("--kernel", help="with one name: another part of the kernels' mangled names")
+    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    options = parser.parse_args()
+    if options.sweep is None:
+        text = table(MUTATIONS)
+    else:
+        chosen = [one for one in SWEEPS if one.name in (options.sweep or [one.name])]
+        text = sweep([replace(one, kernel=options.kernel or one.kernel) for one in chosen])
+    if options.markdown:
+        options.markdown.write_text(text)
+    else:
+        print(text)

@@ -171,7 +171,7 @@ Status launch_type(const GroupedUpParams& p, const Launch& launch) {
   const UpOperands operands = up_operands(p);
   char* place = static_cast<char*>(launch.workspace);
   return up_is_cooperative(p.S, p.E) ? launch_layout<T, UpCooperative>(p, operands, place, launch)
-                                                             : launch_layout<T, UpPingpong>(p, operands, place, launch);
+                                     : launch_layout<T, UpPingpong>(p, operands, place, launch);
 }
 
 Status supports(const GroupedUpParams& p) {

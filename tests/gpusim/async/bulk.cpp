@@ -1,5 +1,6 @@
-// Bulk copies. PTX ISA 9.7.9.25.4 (cp.async.bulk, cp.reduce.async.bulk), 9.7.9.25.5 (cp.async.bulk.tensor: tiles, swizzle, bounds),
-// 9.7.9.25.6 (groups). Elements outside the tensor are read as zero and not written; an mbarrier is told of the whole box.
+// Bulk copies. PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk, cp.async.bulk.tensor, cp.reduce.async.bulk.tensor,
+// cp.async.bulk.commit_group, cp.async.bulk.wait_group", and "Tensors" (tiles, swizzle, bounds). Elements outside the tensor are read as
+// zero and not written; an mbarrier is told of the whole box.
 #include "bulk.h"
 
 #include <algorithm>
@@ -26,7 +27,7 @@ struct Operand {
 };
 const Operand& operand(const Instr& i, int k) { return reinterpret_cast<const Operand*>(i.list)[k]; }
 constexpr int kMask = 9, kSize = 10, kCoordinates = 11;
-enum BulkFlags : uint8_t { kLoad = 1, kTensor = 2, kReduceAdd = 4, kSharedToShared = 8 };
+enum BulkFlags : uint8_t { kLoad = 1, kTensor = 2, kReduceAdd = 4 };
 
 // One box: calls f(global address, offset in the swizzled box's shared memory, bytes) for pieces of up to 16 bytes; address 0 is outside.
 struct Box {
@@ -74,11 +75,11 @@ Box read_box(Warp& w, const Instr& i, int l) {
   return box;
 }
 
-uint8_t* global_bytes(Warp& w, const Instr& i, int l, uint64_t address, int64_t bytes, bool store) {
+uint8_t* global_bytes(Warp& w, const Instr& i, int l, uint64_t address, int64_t bytes, Access access) {
   const int whole = bytes == 16 && address % 16 == 0 ? 16 : static_cast<int>(address % 2 ? 1 : bytes & 2 || address % 4 ? 2 : 4);
   uint8_t* first = nullptr;
   for (int64_t at = 0; at < bytes; at += whole) {
-    uint8_t* p = resolve(w, i, l, address + static_cast<uint64_t>(at), kGlobal, whole, store ? Access::kAsyncStore : Access::kAsyncLoad);
+    uint8_t* p = resolve(w, i, l, address + static_cast<uint64_t>(at), kGlobal, whole, access);
     if (!first) first = p;
   }
   return first;
@@ -92,6 +93,7 @@ void tensor_load(Warp& w, const Instr& i, int l) {
   const SharedPlace bar = shared_place(w, i, l, operand(i, 2).at(w, l), 8);
   if (to.offset % 128) fail(w, i, l, "the destination of a TMA load is not aligned to 128 bytes");
   const uint32_t mask = i.list[kMask] ? w.reg<uint16_t>(i.list[kMask])[l] : 0;
+  Access access = Access::kAsyncLoad;
   for (const auto& cta : w.cta->cluster->ctas) {
     if (mask ? !(mask >> cta->rank & 1) : cta.get() != to.cta) continue;
     Cta* target = cta.get();
@@ -99,16 +101,17 @@ void tensor_load(Warp& w, const Instr& i, int l) {
     const auto key = AsyncQueue::key(*signalled, bar.offset);
     if (!q.barriers.count(key)) fail(w, i, l, "a TMA load signals an mbarrier before mbarrier.init");
     race::async_write(w, i, l, *target, to.offset, static_cast<int>(bytes));
-    q.add(key, [&q, &w, &i, l, box, target, key, to, bytes] {
+    q.add(key, [&q, &w, &i, l, box, target, key, to, bytes, access] {
       box.each_piece(to.offset, [&](uint64_t address, uint32_t offset, int64_t low, int64_t high) {
         uint8_t* out = target->shared.data() + offset;
         std::memset(out, 0, 16);
         if (low < high)
-          std::memcpy(out + low, global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, false),
+          std::memcpy(out + low, global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, access),
                       static_cast<size_t>(high - low));
       });
       q.arrive(key, 0, bytes);
     });
+    access = Access::kMulticast;
   }
 }
 
@@ -131,6 +134,16 @@ void add_to(uint8_t* to, const uint8_t* from, int64_t bytes, const TensorMap& ma
   }
 }
 
+template <class Operation>
+void store_later(Warp& w, int l, const Operation& operation, const SharedPlace& from, int bytes) {
+  Group& group = queue(w).state(w).bulk_open[l];
+  group.reads.push_back(race::begin_read(w, l, *from.cta, from.offset, bytes));
+  if (queue(w).now())
+    operation();
+  else
+    group.operations.push_back(operation);
+}
+
 void tensor_store(Warp& w, const Instr& i, int l) {
   const Box box = read_box(w, i, l);
   const SharedPlace from = shared_place(w, i, l, operand(i, 0).at(w, l), static_cast<int>(box.bytes()));
@@ -141,7 +154,7 @@ void tensor_store(Warp& w, const Instr& i, int l) {
   auto operation = [&w, &i, l, box, from] {
     box.each_piece(from.offset, [&](uint64_t address, uint32_t offset, int64_t low, int64_t high) {
       if (low >= high) return;
-      uint8_t* to = global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, true);
+      uint8_t* to = global_bytes(w, i, l, address + static_cast<uint64_t>(low), high - low, Access::kAsyncStore);
       const uint8_t* source = from.cta->shared.data() + offset + low;
       if (i.flags & kReduceAdd)
         add_to(to, source, high - low, box.map);
@@ -149,10 +162,7 @@ void tensor_store(Warp& w, const Instr& i, int l) {
         std::memcpy(to, source, static_cast<size_t>(high - low));
     });
   };
-  if (queue(w).now())
-    operation();
-  else
-    queue(w).state(w).bulk_open[l].operations.push_back(operation);
+  store_later(w, l, operation, from, static_cast<int>(box.bytes()));
 }
 
 // Without a map: contiguous bytes, 16-byte aligned.
@@ -166,29 +176,17 @@ void linear(Warp& w, const Instr& i, int l) {
     race::async_read(w, i, l, *shared.cta, shared.offset, static_cast<int>(bytes));
     auto operation = [&w, &i, l, global, shared, bytes] {
       for (uint32_t at = 0; at < bytes; at += 16)
-        std::memcpy(global_bytes(w, i, l, global + at, 16, true), shared.cta->shared.data() + shared.offset + at, 16);
+        std::memcpy(global_bytes(w, i, l, global + at, 16, Access::kAsyncStore), shared.cta->shared.data() + shared.offset + at, 16);
     };
-    if (q.now())
-      operation();
-    else
-      q.state(w).bulk_open[l].operations.push_back(operation);
-    return;
+    return store_later(w, l, operation, shared, static_cast<int>(bytes));
   }
   const SharedPlace bar = shared_place(w, i, l, operand(i, 2).at(w, l), 8);
   const auto key = AsyncQueue::key(*bar.cta, bar.offset);
   if (!q.barriers.count(key)) fail(w, i, l, "a bulk copy signals an mbarrier before mbarrier.init");
   race::async_write(w, i, l, *shared.cta, shared.offset, static_cast<int>(bytes));
-  if (i.flags & kSharedToShared) {
-    const SharedPlace from = shared_place(w, i, l, global, static_cast<int>(bytes));
-    race::async_read(w, i, l, *from.cta, from.offset, static_cast<int>(bytes));
-    return q.add(key, [&q, key, from, shared, bytes] {
-      std::memcpy(shared.cta->shared.data() + shared.offset, from.cta->shared.data() + from.offset, bytes);
-      q.arrive(key, 0, bytes);
-    });
-  }
   q.add(key, [&q, &w, &i, l, key, global, shared, bytes] {
     for (uint32_t at = 0; at < bytes; at += 16)
-      std::memcpy(shared.cta->shared.data() + shared.offset + at, global_bytes(w, i, l, global + at, 16, false), 16);
+      std::memcpy(shared.cta->shared.data() + shared.offset + at, global_bytes(w, i, l, global + at, 16, Access::kAsyncLoad), 16);
     q.arrive(key, 0, bytes);
   });
 }
@@ -219,6 +217,7 @@ Flow wait_group(Warp& w, const Instr& i, Mask m) {
   for_lanes(m, [&](int l) {
     while (static_cast<int64_t>(state.bulk[l].size()) > i.imm) {
       for (auto& operation : state.bulk[l].front().operations) operation();
+      for (const SharedRead& read : state.bulk[l].front().reads) race::end_read(w, l, read);
       state.bulk[l].pop_front();
     }
   });
@@ -247,8 +246,8 @@ void decode_bulk(Decoder& d, const Statement& s, Instr& i) {
   if (s.has("im2col") || s.has("im2col_no_offs") || (s.has("reduce") || s.words[1] == "reduce" ? !s.has("add") || !s.has("tensor") : false))
     return;
   const bool load = s.has("mbarrier::complete_tx::bytes"), tensor = s.has("tensor");
-  i.flags = static_cast<uint8_t>((load ? kLoad : 0) | (tensor ? kTensor : 0) | (s.words[1] == "reduce" ? kReduceAdd : 0) |
-                                 (load && !s.has("global") ? kSharedToShared : 0));
+  if (!s.has("global")) return;
+  i.flags = static_cast<uint8_t>((load ? kLoad : 0) | (tensor ? kTensor : 0) | (s.words[1] == "reduce" ? kReduceAdd : 0));
   std::vector<uint32_t> list(kCoordinates, 0);
   const auto place = [&](int k, const std::string& text) {
     Instr at;

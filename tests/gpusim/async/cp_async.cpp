@@ -1,4 +1,5 @@
-// Copies of single threads. PTX ISA 9.7.9.25.3 (cp.async and its groups), 9.7.13.15.17 (cp.async.mbarrier.arrive).
+// Copies of single threads. PTX ISA, "Data Movement and Conversion Instructions: cp.async, cp.async.commit_group,
+// cp.async.wait_group", "Parallel Synchronization and Communication Instructions: cp.async.mbarrier.arrive".
 // Bulk copies, which share the first words of their opcodes, are in bulk.cpp.
 #include "../exec/access.h"
 #include "../exec/race.h"

@@ -1,4 +1,4 @@
-// mbarrier objects and fences. PTX ISA 9.7.13.15.9 to .18 (mbarrier.*), 9.7.13.4 (fence, fence.proxy).
+// mbarrier objects and fences. PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier.*, fence".
 // The object's state is kept beside shared memory; its 8 bytes only name it.
 #include "../exec/access.h"
 #include "../exec/decoder.h"
@@ -17,7 +17,9 @@ AsyncQueue::Key key_of(Warp& w, const Instr& i, int lane, uint64_t address) {
 }
 AsyncQueue::Key existing(Warp& w, const Instr& i, int lane) {
   const auto key = key_of(w, i, lane, w.address(i, i.a, lane));
-  if (!queue(w).barriers.count(key)) fail(w, i, lane, "an mbarrier is used before mbarrier.init");
+  const auto found = queue(w).barriers.find(key);
+  if (found == queue(w).barriers.end()) fail(w, i, lane, "an mbarrier is used before mbarrier.init");
+  if (race::enabled() && !race::knows(w, found->second.made)) fail(w, i, lane, "an mbarrier is used unordered with mbarrier.init");
   return key;
 }
 
@@ -25,17 +27,13 @@ Flow init(Warp& w, const Instr& i, Mask m) {
   for_lanes(m, [&](int l) {
     MBarrier b;
     b.pending = b.initial = static_cast<int32_t>(w.reg<uint32_t>(i.b)[l]);
+    b.made = {w.clock[static_cast<size_t>(race::number(w))], 0, static_cast<uint16_t>(race::number(w)), 255};
     queue(w).barriers[key_of(w, i, l, w.address(i, i.a, l))] = b;
   });
   ++w.cta->cluster->launch->progress;
   return Flow::kNext;
 }
-Flow invalidate(Warp& w, const Instr& i, Mask m) {
-  for_lanes(m, [&](int l) { queue(w).barriers.erase(existing(w, i, l)); });
-  return Flow::kNext;
-}
-
-enum ArriveFlags : uint8_t { kExpect = 1, kHasCount = 2, kNoArrive = 4, kComplete = 8, kDrop = 16 };
+enum ArriveFlags : uint8_t { kExpect = 1, kHasCount = 2 };
 
 // b: count, or bytes with expect_tx. d: the state, whose only content here is the phase.
 Flow arrive(Warp& w, const Instr& i, Mask m) {
@@ -44,12 +42,9 @@ Flow arrive(Warp& w, const Instr& i, Mask m) {
     MBarrier& b = queue(w).barriers[key];
     const uint32_t value = i.flags & (kHasCount | kExpect) ? w.reg<uint32_t>(i.b)[l] : 1;
     if (i.d) w.reg<uint64_t>(i.d)[l] = b.phase;
-    if (i.flags & kComplete) return queue(w).arrive(key, 0, value);
     if (i.flags & kExpect) b.bytes += value;
-    if (i.flags & kNoArrive) return;
     const int count = i.flags & kExpect ? 1 : static_cast<int>(value);
     if (count > b.pending) fail(w, i, l, "more arrivals at an mbarrier than its phase expects");
-    if (i.flags & kDrop) b.initial -= count;
     race::release(w, &b.clock);
     queue(w).arrive(key, count, 0);
   });
@@ -74,9 +69,9 @@ Flow wait(Warp& w, const Instr& i, Mask m) {
     race::acquire(w, queue(w).barriers[existing(w, i, l)].released);
   });
   w.pred(i.d) = (w.pred(i.d) & ~m) | done;
+  w.cta->cluster->launch->counters.barrier_waits += done != 0;
   if (done == m) return Flow::kNext;
   w.now->why = "an mbarrier";
-  ++w.cta->cluster->launch->counters.barrier_waits;
   return Flow::kYield;
 }
 
@@ -87,16 +82,13 @@ void decode_mbarrier(Decoder& d, const Statement& s, Instr& i) {
     d.address(s.operands[0], i);
     i.b = d.source(s.operands[1], kU32);
     i.exec = init;
-  } else if (op == "inval") {
-    d.address(s.operands[0], i);
-    i.exec = invalidate;
   } else if (op == "try_wait" || op == "test_wait") {
     i.d = d.destination(s.operands[0]);
     d.address(s.operands[1], i);
     i.flags = s.has("parity");
     i.b = d.source(s.operands[2], i.flags ? kU32 : kU64);
     i.exec = wait;
-  } else if (op == "arrive" || op == "arrive_drop" || op == "expect_tx" || op == "complete_tx") {
+  } else if (op == "arrive") {
     size_t at = 0;
     if (s.operands[0][0] != '[') {
       if (s.operands[0] != "_") i.d = d.destination(s.operands[0]);
@@ -108,9 +100,6 @@ void decode_mbarrier(Decoder& d, const Statement& s, Instr& i) {
       i.flags |= kHasCount;
     }
     if (s.has("expect_tx")) i.flags |= kExpect;
-    if (op == "expect_tx") i.flags |= kNoArrive;
-    if (op == "complete_tx") i.flags |= kComplete;
-    if (op == "arrive_drop") i.flags |= kDrop;
     if (!s.has("noComplete")) i.exec = arrive;
   }
 }
@@ -123,6 +112,10 @@ Flow map_fence(Warp& w, const Instr& i, Mask m) {
   for_lanes(m, [&](int l) { queue(w).forget_descriptor(*w.cta, w.address(i, i.a, l)); });
   return Flow::kNext;
 }
+Flow memory_fence(Warp& w, const Instr&, Mask) {
+  race::fence(w);
+  return Flow::kNext;
+}
 Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
 void decode_fence(Decoder& d, const Statement& s, Instr& i) {
   if (s.has("proxy") && s.has("async")) {
@@ -131,7 +124,7 @@ void decode_fence(Decoder& d, const Statement& s, Instr& i) {
     d.address(s.operands[0], i);
     i.exec = map_fence;
   } else {
-    i.exec = nothing;
+    i.exec = s.has("gpu") || s.has("sys") ? memory_fence : nothing;
   }
 }
 

@@ -1,5 +1,6 @@
 #include "queue.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace gpusim {
@@ -59,6 +60,10 @@ void AsyncQueue::finish() {
   while (!pending_.empty()) run(0);
   for (auto& [warp, state] : states_)
     for (int l = 0; l < kLanes; ++l) {
+      const auto reads = [](const Group& group) { return !group.reads.empty(); };
+      if (reads(state->bulk_open[l]) || std::any_of(state->bulk[l].begin(), state->bulk[l].end(), reads))
+        throw Failure{cluster_.launch->kernel->name +
+                      ": a thread exits without having waited (cp.async.bulk.wait_group) for a bulk store to read its shared memory"};
       for (Group& group : state->bulk[l])
         for (auto& operation : group.operations) operation();
       for (auto& operation : state->bulk_open[l].operations) operation();

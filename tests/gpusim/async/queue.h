@@ -10,15 +10,17 @@
 #include <vector>
 
 #include "../exec/machine.h"
+#include "../exec/race.h"
 
 namespace gpusim {
 
-// PTX ISA 9.7.13.15 (mbarrier). A phase ends when nobody and no byte is pending.
+// PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier". A phase ends when nobody and no byte is pending.
 struct MBarrier {
   int32_t pending = 0, initial = 0;
   int64_t bytes = 0;  // may be below zero for a while: data can come before it is announced
   uint32_t phase = 0;
   std::vector<uint32_t> clock, released;
+  ShadowEntry made;  // by mbarrier.init, which others must know of
 };
 
 // cp.async of one thread: copies in order, committed in groups.
@@ -38,6 +40,7 @@ struct ThreadCopies {
 // Groups of bulk operations of one thread, and of warpgroup products of one warp.
 struct Group {
   std::vector<std::function<void()>> operations;
+  std::vector<SharedRead> reads;  // of shared memory, that the thread has to wait for before it may be written
 };
 struct AsyncState {
   std::array<ThreadCopies, kLanes> copies;

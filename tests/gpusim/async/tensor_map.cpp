@@ -39,12 +39,15 @@ int encode_tensor_map(void* place, int type, uint32_t rank, void* address, const
 
 namespace {
 
-enum Field : uint8_t { kAddress, kRank, kBox, kDim, kStride, kStep, kType, kInterleave, kSwizzle, kFill };
+enum Field : uint8_t { kAddress, kDim, kStride };
 
 // a: address of the map; b: the new value; imm: displacement; count: ordinal; width: of the value.
 Flow replace(Warp& w, const Instr& i, Mask m) {
   for_lanes(m, [&](int l) {
-    uint8_t* place = resolve(w, i, l, w.address(i, i.a, l), Space(i.space), 8, Access::kAsyncLoad);
+    // Which of the 128 bytes a field has is not documented: all are written.
+    const uint64_t address = w.address(i, i.a, l);
+    uint8_t* place = resolve(w, i, l, address, Space(i.space), 16, Access::kStore);
+    for (int at = 16; at < 128; at += 16) resolve(w, i, l, address + static_cast<uint64_t>(at), Space(i.space), 16, Access::kStore);
     TensorMap map;
     std::memcpy(&map, place, sizeof(map));
     if (map.magic != TensorMap::kMagic) fail(w, i, l, "tensormap.replace on something that is no tensor map");
@@ -54,23 +57,12 @@ Flow replace(Warp& w, const Instr& i, Mask m) {
       case kAddress:
         map.address = v;
         break;
-      case kRank:
-        map.rank = static_cast<uint8_t>(v + 1);
-        break;
-      case kBox:
-        map.box[k] = static_cast<uint16_t>(v);
-        break;
       case kDim:
         map.dims[k] = static_cast<uint32_t>(v);
         break;
       case kStride:
         map.strides[k] = v;
         break;
-      case kStep:
-        map.steps[k] = static_cast<uint16_t>(v);
-        break;
-      default:
-        fail(w, i, l, "this field of a tensor map is not replaced here");
     }
     std::memcpy(place, &map, sizeof(map));
   });
@@ -84,21 +76,19 @@ Flow copy_map(Warp& w, const Instr& i, Mask m) {
     w.now->why = "the other lanes of its warp at an .aligned instruction";
     return Flow::kWait;
   }
-  const int l = lowest(m);
-  const uint64_t from = w.reg<uint64_t>(i.list[0])[l];
-  const SharedPlace place = shared_place(w, i, l, i.list[1] ? w.reg<uint32_t>(i.list[0])[l] : from, 128);
-  for (int at = 0; at < 128; at += 16)
-    std::memcpy(resolve(w, i, l, w.address(i, i.a, l) + static_cast<uint64_t>(at), kGlobal, 16, Access::kAsyncStore),
-                place.cta->shared.data() + place.offset + at, 16);
+  for (int at = 0; at < 8; ++at) {  // a lane's 16 bytes each: what other lanes wrote must be ordered before
+    const int l = m >> at & 1 ? at : lowest(m);
+    const uint64_t from = i.list[1] ? w.reg<uint32_t>(i.list[0])[l] : w.reg<uint64_t>(i.list[0])[l],
+                   offset = 16 * static_cast<uint64_t>(at);
+    const uint8_t* source = resolve(w, i, l, from + offset, i.list[1] ? kShared : kGeneric, 16, Access::kLoad);
+    std::memcpy(resolve(w, i, l, w.address(i, i.a, l) + offset, kGlobal, 16, Access::kAsyncStore), source, 16);
+  }
   ++w.cta->cluster->launch->progress;
   return Flow::kNext;
 }
 
 void decode_tensormap(Decoder& d, const Statement& s, Instr& i) {
-  static const std::map<std::string, Field> fields = {
-      {"global_address", kAddress}, {"rank", kRank},           {"box_dim", kBox},   {"global_dim", kDim},
-      {"global_stride", kStride},   {"element_stride", kStep}, {"elemtype", kType}, {"interleave_layout", kInterleave},
-      {"swizzle_mode", kSwizzle},   {"fill_mode", kFill}};
+  static const std::map<std::string, Field> fields = {{"global_address", kAddress}, {"global_dim", kDim}, {"global_stride", kStride}};
   d.address(s.operands[0], i);
   if (s.words[1] == "cp_fenceproxy") {
     Instr source;

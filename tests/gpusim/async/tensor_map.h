@@ -1,4 +1,5 @@
-// Tensor maps: our encoding of the 128 opaque bytes. PTX ISA 5.5.8 (tensormap), 9.7.9.27 (tensormap.replace);
+// Tensor maps: our encoding of the 128 opaque bytes. PTX ISA, "Tensors: Tensor-Map",
+// "Data Movement and Conversion Instructions: tensormap.replace";
 // what cuTensorMapEncodeTiled of the driver accepts.
 #pragma once
 #include <cstdint>

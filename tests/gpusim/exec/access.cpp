@@ -23,12 +23,15 @@ bool is_poison(const uint8_t* data, int bytes, uint64_t address) {
 
 uint8_t* global(Warp& w, const Instr& i, int lane, uint64_t address, int bytes, Access access) {
   Allocation* a = Memory::get().find(address, static_cast<size_t>(bytes));
-  const bool stores = access == Access::kStore || access == Access::kAtomic || access == Access::kAsyncStore;
+  const bool stores =
+      access == Access::kStore || access == Access::kAtomic || access == Access::kAsyncStore || access == Access::kSyncStore;
   if (!a) fail(w, i, lane, "global memory out of bounds: " + std::to_string(bytes) + " bytes at " + Memory::get().describe(address));
   if (stores && !a->writable) fail(w, i, lane, "a store to read-only memory (" + std::string(a->kind) + ")");
   auto* data = reinterpret_cast<uint8_t*>(address);
-  if ((access == Access::kLoad || access == Access::kAtomic) && is_poison(data, bytes, address))
+  if ((access == Access::kLoad || access == Access::kAtomic || access == Access::kSyncLoad) && is_poison(data, bytes, address))
     fail(w, i, lane, "global memory is read before it was written: " + Memory::get().describe(address));
+  if (a->writable) race::global(w, i, lane, *a, address, bytes, access);
+  if (access == Access::kMulticast || !a->writable) return data;  // parameters and constants have a cache of their own
   Counters& counters = w.cta->cluster->launch->counters;
   (stores ? counters.global_stored : counters.global_loaded) += static_cast<uint64_t>(bytes);
   std::vector<bool>& sectors = stores ? a->stored : a->loaded;
@@ -68,6 +71,8 @@ uint8_t* resolve(Warp& w, const Instr& i, int lane, uint64_t address, Space spac
     }
   }
   check_alignment(w, i, lane, address, bytes);
+  if (space != kGlobal && space != kGeneric)
+    access = access == Access::kSyncLoad ? Access::kLoad : access == Access::kSyncStore ? Access::kStore : access;
   if (space == kShared) {
     const SharedPlace place = shared_place(w, i, lane, address, bytes);
     race::shared(w, i, lane, *place.cta, place.offset, bytes, access);

@@ -4,7 +4,16 @@
 
 namespace gpusim {
 
-enum class Access : uint8_t { kLoad, kStore, kAtomic, kAsyncLoad, kAsyncStore };
+enum class Access : uint8_t {
+  kLoad,
+  kStore,
+  kAtomic,
+  kAsyncLoad,
+  kAsyncStore,
+  kSyncLoad,  // volatile, relaxed, acquire: like an atomic, where the memory is global
+  kSyncStore,
+  kMulticast,  // an asynchronous load's bytes for a further CTA: checked, and counted once only
+};
 
 // The bytes behind an address, after every check: bounds, alignment, who else uses it. Never null.
 uint8_t* resolve(Warp& w, const Instr& i, int lane, uint64_t address, Space space, int bytes, Access access);

@@ -1,4 +1,4 @@
-// Arithmetic. PTX ISA 9.7.1 (integer), 9.7.3 (floating point), 9.7.4 (half precision).
+// Arithmetic. PTX ISA, "Integer Arithmetic Instructions", "Floating Point Instructions", "Half Precision Floating Point Instructions".
 #include <cfenv>
 #include <cmath>
 #include <limits>
@@ -139,23 +139,6 @@ struct Neg {
       return -a;
   }
 };
-template <class Op>
-struct Relu {
-  template <class T, class... More>
-  T operator()(T a, More... more) const {
-    const T r = Op()(a, more...);
-    return wide(r) != wide(r) ? canonical_nan<T>() : wide(r) > 0 ? r : T{};
-  }
-};
-template <class Op>
-struct Saturated {  // .sat of floats: to [0, 1], NaN to 0
-  template <class T, class... More>
-  T operator()(T a, More... more) const {
-    const auto r = wide(Op()(a, more...));
-    return from_wide<T>(r >= 1 ? 1 : r > 0 ? r : 0);
-  }
-};
-
 // Directed rounding: the host's rounding mode does it; the barriers keep the arithmetic between the two switches.
 template <int kMode, class Op>
 struct Rounded {
@@ -192,8 +175,7 @@ Exec float_op(const Statement& s, Type t) {
       if (s.has("rm")) return choose<Rounded<FE_DOWNWARD, Op>, T, kOperands>(t);
       if (s.has("rp")) return choose<Rounded<FE_UPWARD, Op>, T, kOperands>(t);
     }
-    if (s.has("sat")) return choose<Saturated<Op>, T, kOperands>(t);
-    if (s.has("relu")) return choose<Relu<Op>, T, kOperands>(t);
+    if (s.has("sat") || s.has("relu")) return nullptr;
     return choose<Op, T, kOperands>(t);
   });
 }
@@ -309,40 +291,10 @@ struct Sqrt {
     return std::sqrt(a);
   }
 };
-struct Rsqrt {
-  template <class T>
-  T operator()(T a) const {
-    return T(1 / std::sqrt(double(a)));
-  }
-};
-struct Sin {
-  template <class T>
-  T operator()(T a) const {
-    return T(std::sin(double(a)));
-  }
-};
-struct Cos {
-  template <class T>
-  T operator()(T a) const {
-    return T(std::cos(double(a)));
-  }
-};
-struct Lg2 {
-  template <class T>
-  T operator()(T a) const {
-    return T(std::log2(double(a)));
-  }
-};
 struct Ex2 {
   template <class T>
   T operator()(T a) const {
     return from_wide<T>(static_cast<decltype(wide(a))>(std::exp2(double(wide(a)))));
-  }
-};
-struct Tanh {
-  template <class T>
-  T operator()(T a) const {
-    return from_wide<T>(static_cast<decltype(wide(a))>(std::tanh(double(wide(a)))));
   }
 };
 
@@ -352,7 +304,7 @@ void decode_function(Decoder& d, const Statement& s, Instr& i) {
   operands(d, s, i, t, 1);
   i.exec = for_float(t, [&]<class T>() -> Exec {
     if constexpr (sizeof(T) >= 4) return choose<Op, T, 1>(t);
-    if constexpr (sizeof(T) == 2 && (std::is_same_v<Op, Ex2> || std::is_same_v<Op, Tanh>)) return choose<Op, T, 1>(t);
+    if constexpr (sizeof(T) == 2 && std::is_same_v<Op, Ex2>) return choose<Op, T, 1>(t);
     return nullptr;
   });
 }
@@ -382,12 +334,7 @@ const Opcodes opcodes{{"add", decode_arithmetic<Add>},
                       {"neg", decode_sign<Neg>},
                       {"rcp", decode_function<Rcp>},
                       {"sqrt", decode_function<Sqrt>},
-                      {"rsqrt", decode_function<Rsqrt>},
-                      {"sin", decode_function<Sin>},
-                      {"cos", decode_function<Cos>},
-                      {"lg2", decode_function<Lg2>},
                       {"ex2", decode_function<Ex2>},
-                      {"tanh", decode_function<Tanh>},
                       {"copysign", decode_copysign}};
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Logic, shifts and bit fields. PTX ISA 9.7.8 (logic and shift), 9.7.1.15 to .20 (popc, clz, bfind, brev, bfe, bfi), 9.7.9.7 (prmt).
+// Logic, shifts and bit fields. PTX ISA, "Logic and Shift Instructions", "Integer Arithmetic Instructions: popc, clz, bfind,
+// brev, bfe, bfi", "Data Movement and Conversion Instructions: prmt".
 #include <algorithm>
 
 #include "elementwise.h"
@@ -30,12 +31,6 @@ struct Not {
     return static_cast<T>(~a);
   }
 };
-struct Cnot {
-  template <class T>
-  T operator()(T a) const {
-    return a == 0;
-  }
-};
 
 template <class Op>
 Flow predicate_logic(Warp& w, const Instr& i, Mask m) {
@@ -60,10 +55,6 @@ void decode_not(Decoder& d, const Statement& s, Instr& i) {
   const Type t = d.type_of(s);
   operands(d, s, i, t, 1);
   i.exec = t.kind == Kind::kPredicate ? predicate_logic<NotFirst> : for_integer(t, []<class T>() -> Exec { return unary<T, Not>; });
-}
-void decode_cnot(Decoder& d, const Statement& s, Instr& i) {
-  operands(d, s, i, d.type_of(s), 1);
-  i.exec = for_integer(d.type_of(s), []<class T>() -> Exec { return unary<T, Cnot>; });
 }
 
 // The amount has 32 bits and is clamped at the width.
@@ -121,7 +112,7 @@ void decode_lop3(Decoder& d, const Statement& s, Instr& i) {
   i.exec = lop3;
 }
 
-// PTX ISA 9.7.9.7: byte permutation, default mode only.
+// Byte permutation, default mode only.
 Flow prmt(Warp& w, const Instr& i, Mask m) {
   const uint32_t *a = w.reg<uint32_t>(i.a), *b = w.reg<uint32_t>(i.b), *c = w.reg<uint32_t>(i.c);
   each_lane<uint32_t>(w, i.d, m, [=](int l) {
@@ -235,11 +226,13 @@ void decode_brev(Decoder& d, const Statement& s, Instr& i) {
   i.exec = d.type_of(s).size == 8 ? unary<uint64_t, Reverse> : unary<uint32_t, Reverse>;
 }
 
-const Opcodes opcodes{{"and", decode_logic<And>},   {"or", decode_logic<Or>},   {"xor", decode_logic<Xor>},
-                      {"not", decode_not},          {"cnot", decode_cnot},      {"shl", decode_shift<true>},
-                      {"shr", decode_shift<false>}, {"shf", decode_shf},        {"lop3", decode_lop3},
-                      {"prmt", decode_prmt},        {"bfe", decode_bfe},        {"bfi", decode_bfi},
-                      {"popc", decode_count<Popc>}, {"clz", decode_count<Clz>}, {"bfind", decode_count<Bfind>},
+const Opcodes opcodes{{"and", decode_logic<And>},  {"or", decode_logic<Or>},
+                      {"xor", decode_logic<Xor>},  {"not", decode_not},
+                      {"shl", decode_shift<true>}, {"shr", decode_shift<false>},
+                      {"shf", decode_shf},         {"lop3", decode_lop3},
+                      {"prmt", decode_prmt},       {"bfe", decode_bfe},
+                      {"bfi", decode_bfi},         {"popc", decode_count<Popc>},
+                      {"clz", decode_count<Clz>},  {"bfind", decode_count<Bfind>},
                       {"brev", decode_brev}};
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Extended-precision integer arithmetic: add.cc, addc, sub.cc, subc, mad.cc, madc. PTX ISA 9.7.2. The carry is one predicate.
+// Extended-precision integer arithmetic: add.cc, addc, sub.cc, subc, mad.cc, madc. PTX ISA,
+// "Extended-Precision Integer Arithmetic Instructions". The carry is one predicate.
 #include "carry.h"
 
 namespace gpusim {

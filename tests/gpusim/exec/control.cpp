@@ -1,5 +1,5 @@
-// Control flow and barriers. PTX ISA 9.7.12 (control flow), 9.7.13.1 (bar, barrier), 9.7.13.2 (bar.warp.sync),
-// 9.7.13.3 (barrier.cluster). Lanes of a warp may be anywhere; .aligned instructions wait until all living lanes are there.
+// Control flow and barriers. PTX ISA, "Control Flow Instructions", "Parallel Synchronization and Communication Instructions: bar, barrier,
+// bar.warp.sync, barrier.cluster". Lanes of a warp may be anywhere; .aligned instructions wait until all living lanes are there.
 #include "decoder.h"
 #include "race.h"
 
@@ -51,23 +51,17 @@ void decode_nothing(Decoder&, const Statement&, Instr& i) { i.exec = nothing; }
 // ---- barriers of the CTA
 bool complete(Warp& w, Barrier& b) {
   if (!b.arrived || b.arrived < b.expected) return false;
-  b.result_count = b.reduced_count;
-  b.result_all = b.reduced_all;
-  b.result_any = b.reduced_any;
   b.released_clock = b.clock;
   b.clock.clear();
   b.arrived = b.expected = 0;
-  b.reduced_count = 0;
-  b.reduced_all = true;
-  b.reduced_any = false;
   ++b.phase;
   ++w.cta->cluster->launch->progress;
   return true;
 }
 
-enum BarrierFlags : uint8_t { kArrive = 1, kHasCount = 2, kReducePopc = 4, kReduceAnd = 8, kReduceOr = 16 };
+enum BarrierFlags : uint8_t { kArrive = 1, kHasCount = 2 };
 
-// a: barrier number; b: count of threads; c: predicate of a reduction.
+// a: barrier number; b: count of threads.
 Flow barrier(Warp& w, const Instr& i, Mask m) {
   Fragment& f = *w.now;
   const uint32_t id = w.reg<uint32_t>(i.a)[lowest(m)];
@@ -86,22 +80,16 @@ Flow barrier(Warp& w, const Instr& i, Mask m) {
     b.expected = expected;
     b.arrived += kLanes;
     if (b.arrived > expected) fail(w, i, lowest(m), "more threads arrive at a barrier than it expects");
-    if (i.flags & (kReducePopc | kReduceAnd | kReduceOr)) {
-      const Mask p = (i.count ? ~w.pred(i.c) : w.pred(i.c)) & m;
-      b.reduced_count += __builtin_popcount(p);
-      b.reduced_all &= p == m;
-      b.reduced_any |= p != 0;
-    }
     race::release(w, &b.clock);
     f.waiting = true;
     f.barrier_phase = b.phase;
-    ++w.cta->cluster->launch->counters.barrier_waits;
     ++w.cta->cluster->launch->progress;
     complete(w, b);
     if (i.flags & kArrive) {
       f.waiting = false;
       return Flow::kNext;
     }
+    ++w.cta->cluster->launch->counters.barrier_waits;
   }
   if (b.phase == f.barrier_phase) {
     if (!(i.flags & kHasCount)) {  // warps that exit are not waited for
@@ -115,11 +103,6 @@ Flow barrier(Warp& w, const Instr& i, Mask m) {
   }
   f.waiting = false;
   race::acquire(w, b.released_clock);
-  if (i.flags & kReducePopc) each_lane<uint32_t>(w, i.d, m, [&](int) { return static_cast<uint32_t>(b.result_count); });
-  if (i.flags & (kReduceAnd | kReduceOr)) {
-    const bool value = i.flags & kReduceAnd ? b.result_all : b.result_any;
-    w.pred(i.d) = (w.pred(i.d) & ~m) | (value ? m : 0);
-  }
   return Flow::kNext;
 }
 
@@ -158,22 +141,11 @@ void decode_bar(Decoder& d, const Statement& s, Instr& i) {
     i.exec = warp_barrier;
     return;
   }
-  size_t at = 0;
-  if (s.has("red")) {
-    i.flags = s.has("popc") ? kReducePopc : s.has("and") ? kReduceAnd : kReduceOr;
-    i.d = d.destination(s.operands[at++]);
-  }
-  i.count = 0;
-  i.a = d.source(s.operands[at++], kU32);
-  const size_t counts = s.operands.size() - (s.has("red") ? 1 : 0);
-  if (at < counts) {
+  if (s.has("red")) return;
+  i.a = d.source(s.operands[0], kU32);
+  if (s.operands.size() > 1) {
     i.flags |= kHasCount;
-    i.b = d.source(s.operands[at++], kU32);
-  }
-  if (s.has("red")) {
-    bool negated;
-    i.c = d.predicate(s.operands[at], &negated);
-    i.count = negated;
+    i.b = d.source(s.operands[1], kU32);
   }
   if (s.has("arrive")) i.flags |= kArrive;
   i.exec = barrier;
@@ -209,6 +181,7 @@ Flow cluster_wait(Warp& w, const Instr&, Mask m) {
     return Flow::kWait;
   }
   for_lanes(m, [&](int l) { ++waits[l]; });
+  ++w.cta->cluster->launch->counters.barrier_waits;
   race::acquire(w, b.released_clock);
   return Flow::kNext;
 }
@@ -218,17 +191,48 @@ void decode_barrier(Decoder& d, const Statement& s, Instr& i) {
   i.exec = s.has("arrive") ? cluster_arrive : cluster_wait;
 }
 
+// PTX ISA, "Miscellaneous Instructions: setmaxnreg": registers go back to the CTA's pool, or come from it; .inc waits until it has them.
+Flow release_registers(Warp& w, const Instr& i, Mask m) {
+  if (w.registers_held < i.imm) fail(w, i, lowest(m), "setmaxnreg.dec to more than the " + std::to_string(w.registers_held) + " held");
+  w.cta->register_pool += w.registers_held - static_cast<int>(i.imm);
+  w.registers_held = static_cast<int>(i.imm);
+  ++w.cta->cluster->launch->progress;
+  return Flow::kNext;
+}
+Flow request_registers(Warp& w, const Instr& i, Mask m) {
+  const int wanted = static_cast<int>(i.imm) - w.registers_held;
+  if (wanted < 0) fail(w, i, lowest(m), "setmaxnreg.inc to fewer than the " + std::to_string(w.registers_held) + " held");
+  if (wanted > w.cta->register_pool) {
+    w.now->why = "registers: the CTA's pool has too few";
+    return Flow::kWait;
+  }
+  w.cta->register_pool -= wanted;
+  w.registers_held = static_cast<int>(i.imm);
+  return Flow::kNext;
+}
+Flow set_registers(Warp& w, const Instr& i, Mask m) {
+  if (w.now->mask == w.live) return i.flags ? request_registers(w, i, m) : release_registers(w, i, m);
+  w.now->why = "the other lanes of its warp at an .aligned instruction";
+  return Flow::kWait;
+}
+void decode_setmaxnreg(Decoder& d, const Statement& s, Instr& i) {
+  i.imm = parse_integer(s.operands[0]);
+  if (i.imm % 8 || i.imm < 24 || i.imm > 256) d.unknown(s, "setmaxnreg takes multiples of 8 from 24 to 256");
+  if (!d.kernel().registers) d.unknown(s, "without .maxnreg, .maxntid or .reqntid, ptxas ignores setmaxnreg");
+  i.flags = s.has("inc");
+  i.whole = true;
+  i.exec = set_registers;
+}
+
 const Opcodes opcodes{{"bra", decode_bra},
                       {"exit", decode_exit},
                       {"ret", decode_ret},
                       {"trap", decode_trap},
-                      {"brkpt", decode_trap},
                       {"nanosleep", decode_nanosleep},
                       {"bar", decode_bar},
                       {"barrier", decode_barrier},
-                      {"setmaxnreg", decode_nothing},
-                      {"griddepcontrol", decode_nothing},
-                      {"pmevent", decode_nothing}};
+                      {"setmaxnreg", decode_setmaxnreg},
+                      {"griddepcontrol", decode_nothing}};
 
 }  // namespace
 }  // namespace gpusim

@@ -10,6 +10,16 @@ std::unordered_map<std::string, Decoder::Decode>& Decoder::table() {
   return table;
 }
 
+Space space_of(const Statement& s) {
+  for (const std::string& word : s.words) {
+    if (word == "global" || word == "const") return kGlobal;
+    if (word.rfind("shared", 0) == 0) return kShared;
+    if (word == "local") return kLocal;
+    if (word.rfind("param", 0) == 0) return kParameter;
+  }
+  return kGeneric;
+}
+
 namespace {
 
 constexpr uint32_t kNoTarget = 0xffffffffu;
@@ -31,7 +41,7 @@ Flow do_copy8(Warp& w, const Instr& i, Mask m) {
   return Flow::kNext;
 }
 
-// PTX ISA 9.7.12.5 (call), 9.7.12.6 (ret): pc of the callee; the way back is on the fragment's stack.
+// PTX ISA, "Control Flow Instructions: call, ret": pc of the callee; the way back is on the fragment's stack.
 Flow do_call(Warp& w, const Instr& i, Mask m) {
   Fragment& f = *w.now;
   if (f.depth == 6) fail(w, i, lowest(m), "calls are nested deeper than this simulator follows");
@@ -134,7 +144,7 @@ bool Decoder::find_special(const std::string& name, Slot* slot) {
                                                        {"%cluster_nctarank", SpecialId::kClusterNctarank},
                                                        {"%is_explicit_cluster", SpecialId::kExplicitCluster},
                                                        {"%dynamic_smem_size", SpecialId::kDynamicShared},
-                                                       {"%total_smem_size", SpecialId::kTotalShared}};  // PTX ISA 10
+                                                       {"%total_smem_size", SpecialId::kTotalShared}};  // PTX ISA, "Special Registers"
   if (const auto found = specials_.find(name); found != specials_.end()) {
     *slot = found->second;
     return true;
@@ -434,6 +444,9 @@ std::unique_ptr<Kernel> Decoder::decode(const Module& module, const std::string&
   k.name = name;
   k.module = &module;
   k.max_threads = entry.max_threads;
+  // Without .maxnreg: what the CTAs that must fit on a multiprocessor leave of its 65536, in units of 8; 255 (in units: 256) at most.
+  if (entry.max_registers || entry.max_threads)
+    k.registers = std::min(256, (entry.max_registers ? entry.max_registers : 65536 / (entry.max_threads * entry.min_ctas)) / 8 * 8);
   std::copy(std::begin(entry.cluster), std::end(entry.cluster), k.cluster);
   for (const Variable& p : entry.parameters) {
     k.parameter_bytes = align_up(k.parameter_bytes, p.align);

@@ -86,6 +86,15 @@ struct Opcodes {
   }
 };
 
+Space space_of(const Statement& s);  // of the addresses of a load, a store, an atomic or a conversion
+
+// "d|p": two results, the second of which may be missing.
+inline std::pair<std::string, std::string> split_pair(const std::string& operand) {
+  const size_t bar = operand.find('|');
+  if (bar == std::string::npos) return {operand, ""};
+  return {std::string(trim(operand.substr(0, bar))), std::string(trim(operand.substr(bar + 1)))};
+}
+
 // f.template operator()<T>() for the C++ type of a PTX type.
 struct Half {
   uint16_t bits;

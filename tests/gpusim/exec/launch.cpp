@@ -88,8 +88,8 @@ bool Warp::run(int budget) {
           break;  // the part that runs the instruction is picked again
         }
       }
-      ++counters.instructions;
       const Flow flow = i.exec(*this, i, m);
+      counters.instructions += flow != Flow::kWait;
       if (flow == Flow::kNext) {
         ran = true;
         if (++now->pc >= limit) break;
@@ -210,6 +210,7 @@ std::unique_ptr<Cta> make_cta(Launch& launch, Cluster& cluster, int rank, const 
     Warp& w = cta->warps[static_cast<size_t>(i)];
     w.cta = cta.get();
     w.index = i;
+    w.registers_held = k.registers;
     w.registers = registers + static_cast<size_t>(i) * k.register_bytes;
     const int threads = std::min(kLanes, launch.threads - i * kLanes);
     w.live = threads == kLanes ? kAll : (1u << threads) - 1;

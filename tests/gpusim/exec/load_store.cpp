@@ -1,4 +1,5 @@
-// Loads, stores and atomics. PTX ISA 9.7.9.8 (ld), 9.7.9.11 (st), 9.7.13.5 (atom), 9.7.13.7 (red); memory is sequentially
+// Loads, stores and atomics. PTX ISA, "Data Movement and Conversion Instructions: ld, st",
+// "Parallel Synchronization and Communication Instructions: atom, red"; memory is sequentially
 // consistent here, so orders and scopes only matter to the race check.
 #include <algorithm>
 #include <cmath>
@@ -11,30 +12,21 @@
 namespace gpusim {
 namespace {
 
-Space space_of(const Statement& s) {
-  for (const std::string& word : s.words) {
-    if (word == "global" || word == "const") return kGlobal;
-    if (word.rfind("shared", 0) == 0) return kShared;
-    if (word == "local") return kLocal;
-    if (word.rfind("param", 0) == 0) return kParameter;
-  }
-  return kGeneric;
-}
-
 // Bytes of a .param variable of a call, kept in registers of 8 bytes; no access crosses 8 bytes.
 uint8_t* frame_bytes(Warp& w, uint32_t slot, int64_t at, int lane) {
   return w.registers + slot + (at / 8) * 8 * kLanes + lane * 8 + at % 8;
 }
 
-constexpr uint8_t kSigned8 = 1;  // flag: extend by the sign
+enum AccessFlags : uint8_t { kSigned8 = 1, kSync = 2, kRelease = 4 };  // extend by the sign; volatile, relaxed, acquire or release; release
 
 // width: bytes of an element in memory; list[k]: its register, of list[count + k] bytes.
 Flow load(Warp& w, const Instr& i, Mask m) {
   const int bytes = i.width * i.count;
   uint64_t addresses[kLanes];
   for_lanes(m, [&](int l) {
-    const uint8_t* data =
-        i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kLoad);
+    const uint8_t* data = i.space == kFrame ? nullptr
+                                            : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes,
+                                                      i.flags & kSync ? Access::kSyncLoad : Access::kLoad);
     for (int k = 0; k < i.count; ++k) {
       uint64_t value = 0;
       std::memcpy(&value, data ? data + k * i.width : frame_bytes(w, i.a, i.imm + k * i.width, l), i.width);
@@ -47,11 +39,13 @@ Flow load(Warp& w, const Instr& i, Mask m) {
 }
 
 Flow store(Warp& w, const Instr& i, Mask m) {
+  if (i.flags & kRelease) race::fence(w);
   const int bytes = i.width * i.count;
   uint64_t addresses[kLanes];
   for_lanes(m, [&](int l) {
-    uint8_t* data =
-        i.space == kFrame ? nullptr : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes, Access::kStore);
+    uint8_t* data = i.space == kFrame ? nullptr
+                                      : resolve(w, i, l, addresses[l] = w.address(i, i.a, l), Space(i.space), bytes,
+                                                i.flags & kSync ? Access::kSyncStore : Access::kStore);
     for (int k = 0; k < i.count; ++k) {
       const uint64_t value = get(w, i.list[k], static_cast<int>(i.list[i.count + k]), l);
       std::memcpy(data ? data + k * i.width : frame_bytes(w, i.a, i.imm + k * i.width, l), &value, i.width);
@@ -85,14 +79,15 @@ void decode_access(Decoder& d, const Statement& s, Instr& i) {
   if (t.size > 8 || s.has("async")) return;
   i.width = static_cast<uint8_t>(t.bytes());
   i.space = space_of(s);
-  i.flags = t.kind == Kind::kSigned ? kSigned8 : 0;
+  const bool sync = s.has("volatile") || s.has("relaxed") || s.has("acquire") || s.has("release");
+  i.flags = static_cast<uint8_t>((t.kind == Kind::kSigned ? kSigned8 : 0) | (sync ? kSync : 0) | (s.has("release") ? kRelease : 0));
   d.address(s.operands[kLoading ? 1 : 0], i);
   elements(d, s.operands[kLoading ? 0 : 1], t, i, kLoading);
   i.exec = kLoading ? load : store;
 }
 
 // ---- atomics: old = memory; memory = op(old, b[, c])
-enum AtomicOp : uint8_t { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
+enum AtomicOp : uint8_t { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas };
 
 template <class T>
 T apply(AtomicOp op, T old, T b, T c) {
@@ -104,10 +99,6 @@ T apply(AtomicOp op, T old, T b, T c) {
         return old | b;
       case kXor:
         return old ^ b;
-      case kInc:
-        return old >= b ? T(0) : T(old + 1);
-      case kDec:
-        return old == 0 || old > b ? b : T(old - 1);
       case kAdd:
         return static_cast<T>(uint64_t(old) + uint64_t(b));
       default:
@@ -128,9 +119,10 @@ T apply(AtomicOp op, T old, T b, T c) {
   }
 }
 
-// count: elements of a vector or packed pair. The registers of b, c and the result in list, 3 per element.
+// d: whether it releases; count: elements of a vector. The registers of b, c and the result in list, 3 per element.
 template <class T>
 Flow atomic(Warp& w, const Instr& i, Mask m) {
+  if (i.d) race::fence(w);
   for_lanes(m, [&](int l) {
     uint8_t* data = resolve(w, i, l, w.address(i, i.a, l), Space(i.space), i.width * i.count, Access::kAtomic);
     for (int k = 0; k < i.count; ++k) {
@@ -150,27 +142,10 @@ Flow atomic(Warp& w, const Instr& i, Mask m) {
   ++w.cta->cluster->launch->progress;
   return Flow::kNext;
 }
-template <class T>
-Flow atomic_pair(Warp& w, const Instr& i, Mask m) {
-  for_lanes(m, [&](int l) {
-    uint8_t* data = resolve(w, i, l, w.address(i, i.a, l), Space(i.space), 4 * i.count, Access::kAtomic);
-    for (int k = 0; k < 2 * i.count; ++k) {
-      T old, b;
-      std::memcpy(&old, data + 2 * k, 2);
-      std::memcpy(&b, reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[3 * (k / 2)]) + l) + 2 * (k % 2), 2);
-      const T fresh = apply(AtomicOp(i.flags), old, b, b);
-      std::memcpy(data + 2 * k, &fresh, 2);
-      if (i.list[3 * (k / 2) + 2])
-        std::memcpy(reinterpret_cast<uint8_t*>(w.reg<uint32_t>(i.list[3 * (k / 2) + 2]) + l) + 2 * (k % 2), &old, 2);
-    }
-  });
-  ++w.cta->cluster->launch->progress;
-  return Flow::kNext;
-}
-
 void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
-  static const std::map<std::string, AtomicOp> ops = {{"add", kAdd}, {"min", kMin},   {"max", kMax}, {"and", kAnd}, {"or", kOr},
-                                                      {"xor", kXor}, {"exch", kExch}, {"cas", kCas}, {"inc", kInc}, {"dec", kDec}};
+  static const std::map<std::string, AtomicOp> ops = {
+      {"add", kAdd}, {"min", kMin}, {"max", kMax}, {"and", kAnd}, {"or", kOr}, {"xor", kXor}, {"exch", kExch}, {"cas", kCas},
+  };
   const bool returns = s.words[0] == "atom";
   if (s.has("async")) return;
   Type t = d.type_of(s);
@@ -178,6 +153,7 @@ void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
   if (op == s.words.end() || t.size > 8) return;
   i.flags = ops.at(*op);
   i.space = space_of(s);
+  i.d = s.has("release") || s.has("acq_rel");
   i.width = static_cast<uint8_t>(t.bytes());
   const size_t at = returns ? 1 : 0;
   d.address(s.operands[at], i);
@@ -192,9 +168,8 @@ void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
   }
   i.count = static_cast<uint8_t>(b.size());
   i.list = d.list(registers);
-  if (t.packed == 2)
-    i.exec = t.kind == Kind::kHalf ? atomic_pair<Half> : atomic_pair<BFloat>;
-  else if (is_float(t))
+  if (t.packed == 2) return;
+  if (is_float(t))
     i.exec = for_float(t, []<class T>() -> Exec { return atomic<T>; });
   else
     i.exec = for_integer(t, []<class T>() -> Exec { return atomic<T>; });
@@ -203,17 +178,15 @@ void decode_atomic(Decoder& d, const Statement& s, Instr& i) {
 Flow nothing(Warp&, const Instr&, Mask) { return Flow::kNext; }
 void decode_nothing(Decoder&, const Statement&, Instr& i) { i.exec = nothing; }
 
+// "Parallel Synchronization and Communication Instructions: membar, fence": of the scope of a CTA or wider. Proxy fences are in async/.
 Flow memory_fence(Warp& w, const Instr&, Mask) {
   race::fence(w);
   return Flow::kNext;
 }
-// PTX ISA 9.7.13.4: membar and fence. Proxy fences are in async/.
-void decode_membar(Decoder&, const Statement&, Instr& i) { i.exec = memory_fence; }
+void decode_membar(Decoder&, const Statement& s, Instr& i) { i.exec = s.has("cta") ? nothing : memory_fence; }
 
-const Opcodes opcodes{{"ld", decode_access<true>},   {"ldu", decode_access<true>}, {"st", decode_access<false>},
-                      {"atom", decode_atomic},       {"red", decode_atomic},       {"prefetch", decode_nothing},
-                      {"prefetchu", decode_nothing}, {"membar", decode_membar},    {"applypriority", decode_nothing},
-                      {"discard", decode_nothing}};
+const Opcodes opcodes{{"ld", decode_access<true>}, {"st", decode_access<false>}, {"atom", decode_atomic},
+                      {"red", decode_atomic},      {"prefetch", decode_nothing}, {"membar", decode_membar}};
 
 }  // namespace
 }  // namespace gpusim

@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../ptx/module.h"
@@ -83,6 +84,7 @@ struct Kernel {
   int64_t static_shared = 0, dynamic_shared_at = 0, local_bytes = 0, parameter_bytes = 0;
   std::vector<std::pair<int64_t, int64_t>> parameters;  // offset and size of each
   int max_threads = 0;
+  int registers = 0;  // of a thread at its start, as ptxas plans them for setmaxnreg; 0: the directives do not say
   int cluster[3] = {0, 0, 0};
 };
 
@@ -108,10 +110,12 @@ struct Warp {
   int index = 0;  // in its CTA
   Mask live = 0;  // lanes that have not exited
   uint8_t* registers = nullptr;
+  int registers_held = 0;  // per thread: setmaxnreg
   std::vector<Fragment> fragments;
   Fragment* now = nullptr;                       // the one that runs
   std::vector<uint32_t> clock;                   // of each warp of the cluster, as this warp knows it (races)
   uint32_t lane_epoch = 0;                       // counts what orders the lanes of this warp
+  uint32_t reads_begun = 0;                      // of shared memory, asynchronously
   std::array<uint32_t, kLanes> cluster_waits{};  // of each lane, at the barrier of the cluster
   struct AsyncState* async = nullptr;
 
@@ -131,8 +135,6 @@ struct Warp {
 
 struct Barrier {
   uint32_t arrived = 0, expected = 0, phase = 0;
-  int reduced_count = 0, result_count = 0;
-  bool reduced_all = true, reduced_any = false, result_all = true, result_any = false;
   std::vector<uint32_t> clock, released_clock;
 };
 
@@ -147,12 +149,17 @@ struct Cta {
   Barrier barriers[16];
   std::unique_ptr<class SharedShadow> shadow;
   int live_warps = 0;
+  int register_pool = 0;  // what warps have given back, per thread of a warp: setmaxnreg
 
   int live_threads() const;
 };
 
+// What is known of other clusters: the clocks of their warps, by number of the cluster.
+using Knowledge = std::map<uint32_t, std::vector<uint32_t>>;
+
 struct Cluster {
   Launch* launch = nullptr;
+  Knowledge known, fenced;  // fenced: what its next atomic tells
   uint32_t index = 0;
   std::vector<std::unique_ptr<Cta>> ctas;
   Barrier barrier;  // barrier.cluster
@@ -160,7 +167,8 @@ struct Cluster {
   bool done() const;
 };
 
-// What was counted while one kernel ran.
+// What was counted while one kernel ran: instructions of warps; bytes of global memory, and of the 32-byte sectors they touch; barrier
+// waits that ended. Parameters and constants are not counted, a multicast's bytes once.
 struct Counters {
   uint64_t instructions = 0, global_loaded = 0, global_stored = 0, unique_loaded = 0, unique_stored = 0, tensor_macs = 0;
   uint64_t shared_accesses = 0, bank_conflicts = 0, barrier_waits = 0;
@@ -173,9 +181,11 @@ struct Launch {
   uint8_t* parameters = nullptr;
   int threads = 0, warps = 0, sms = 4, ctas_per_sm = 2;
   Counters counters;
-  uint64_t progress = 0;  // counts everything another thread could be waiting for
+  uint64_t progress = 0;                         // counts everything another thread could be waiting for
+  std::unordered_map<uint64_t, Knowledge> told;  // by address of an atomic
   std::mt19937 random;
   bool random_schedule = false;
+  bool strict = false;  // cp.async asks for a proxy fence, too
 
   void run();  // throws Failure
 };

@@ -72,6 +72,7 @@ void Memory::start_counting() {
   for (auto& [begin, a] : allocations_) {
     a.loaded.clear();
     a.stored.clear();
+    a.units.clear();
   }
 }
 

@@ -1,5 +1,5 @@
 // Global memory as the device may see it: a table of allocations, each with a name, and address windows for the other spaces.
-// PTX ISA 5.1 (state spaces), 6.4.1 (generic addressing). Device pointers are host pointers.
+// PTX ISA, "State Spaces", "Generic Addressing". Device pointers are host pointers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,11 +18,20 @@ void poison(void* data, size_t bytes);
 constexpr uint32_t kSharedBase = 1024;  // sm_90 keeps the first KiB
 constexpr int kRankShift = 24;          // an address in shared::cluster: CTA rank + 1, then the offset
 
+// Who did something to two bytes of global memory: a warp of a cluster, at its clock (0: nobody).
+struct GlobalEntry {
+  uint64_t clock : 34, atomic : 1, cluster : 21, warp : 8;
+};
+struct GlobalUnit {
+  GlobalEntry write = {}, reads[2] = {};  // the last readers of two clusters
+};
+
 struct Allocation {
   uint64_t begin = 0, end = 0;
   const char* kind = "";
   bool writable = true;
   std::vector<bool> loaded, stored;  // sectors of 32 bytes, of this launch
+  std::vector<GlobalUnit> units;     // of 2 bytes, of this launch
 };
 
 class Memory {

@@ -1,4 +1,4 @@
-// Moves and conversions. PTX ISA 9.7.9.1 (mov), 9.7.9.21 (cvt), 9.7.9.20 (cvta), 9.7.9.19 (isspacep), 9.7.9.18 (mapa).
+// Moves and conversions. PTX ISA, "Data Movement and Conversion Instructions: mov, cvt, cvta, mapa".
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -171,14 +171,6 @@ Flow cvt_pair(Warp& w, const Instr& i, Mask m) {
                       [=, flags = i.flags](int l) { return uint32_t{convert<D>(a[l], flags).bits} << 16 | convert<D>(b[l], flags).bits; });
   return Flow::kNext;
 }
-Flow cvt_tf32(Warp& w, const Instr& i, Mask m) {
-  const float* a = w.reg<float>(i.a);
-  each_lane<float>(w, i.d, m, [=, r = static_cast<Rounding>(i.flags & 15)](int l) {
-    return static_cast<float>(round_to_format(a[l], 10, -126, 127, r));
-  });
-  return Flow::kNext;
-}
-
 void decode_cvt(Decoder& d, const Statement& s, Instr& i) {
   const Type from = d.type_of(s), to = d.type_of(s, 1);
   Rounding r = Rounding::kNearest;
@@ -199,12 +191,7 @@ void decode_cvt(Decoder& d, const Statement& s, Instr& i) {
     i.exec = to.kind == Kind::kHalf ? cvt_pair<Half> : cvt_pair<BFloat>;
     return;
   }
-  if (to.kind == Kind::kTf32) {
-    i.a = d.source(s.operands[1], from);
-    i.exec = cvt_tf32;
-    return;
-  }
-  if (to.packed == 2 || from.packed == 2) return;
+  if (to.packed == 2 || from.packed == 2 || to.kind == Kind::kTf32) return;
   const Slot a = d.slot(s.operands[1], from), result = d.slot(s.operands[0], to);
   i.a = a.offset;
   i.count = a.width;
@@ -225,40 +212,15 @@ Flow cvta(Warp& w, const Instr& i, Mask m) {
   });
   return Flow::kNext;
 }
-Space space_in(const Statement& s) {
-  for (const std::string& word : s.words) {
-    if (word == "global" || word == "const") return kGlobal;
-    if (word.rfind("shared", 0) == 0) return kShared;
-    if (word == "local") return kLocal;
-    if (word.rfind("param", 0) == 0) return kParameter;
-  }
-  return kGeneric;
-}
 void decode_cvta(Decoder& d, const Statement& s, Instr& i) {
   i.flags = s.has("to");
-  i.space = space_in(s);
+  i.space = space_of(s);
   i.d = d.destination(s.operands[0]);
   const Slot a = d.slot(s.operands[1], d.type_of(s));
   i.a = a.offset;
   i.count = a.width;
   i.width = d.slot(s.operands[0], kU64).width;
   i.exec = cvta;
-}
-Flow isspacep(Warp& w, const Instr& i, Mask m) {
-  Mask r = 0;
-  for_lanes(m, [&](int l) {
-    const uint64_t a = w.reg<uint64_t>(i.a)[l];
-    const bool shared = a - window_of(kShared) < kWindow, local = a - window_of(kLocal) < kWindow;
-    r |= Mask(i.space == kShared ? shared : i.space == kLocal ? local : !shared && !local) << l;
-  });
-  w.pred(i.d) = (w.pred(i.d) & ~m) | r;
-  return Flow::kNext;
-}
-void decode_isspacep(Decoder& d, const Statement& s, Instr& i) {
-  i.space = space_in(s);
-  i.d = d.destination(s.operands[0]);
-  i.a = d.source(s.operands[1], kU64);
-  i.exec = isspacep;
 }
 // mapa: the same offset in the shared memory of another CTA of the cluster.
 Flow mapa(Warp& w, const Instr& i, Mask m) {
@@ -278,24 +240,7 @@ void decode_mapa(Decoder& d, const Statement& s, Instr& i) {
   i.width = t.size;
   i.exec = mapa;
 }
-Flow getctarank(Warp& w, const Instr& i, Mask m) {
-  for_lanes(m, [&](int l) {
-    const uint64_t a = get(w, i.a, i.width, l) - (i.flags ? window_of(kShared) : 0), rank = a >> kRankShift;
-    w.reg<uint32_t>(i.d)[l] = static_cast<uint32_t>(rank ? rank - 1 : static_cast<uint64_t>(w.cta->rank));
-  });
-  return Flow::kNext;
-}
-void decode_getctarank(Decoder& d, const Statement& s, Instr& i) {
-  const Type t = d.type_of(s);
-  i.flags = !s.has("shared::cluster");
-  i.d = d.destination(s.operands[0]);
-  i.a = d.source(s.operands[1], t);
-  i.width = t.size;
-  i.exec = getctarank;
-}
-
-const Opcodes opcodes{{"mov", decode_mov},           {"cvt", decode_cvt},   {"cvta", decode_cvta},
-                      {"isspacep", decode_isspacep}, {"mapa", decode_mapa}, {"getctarank", decode_getctarank}};
+const Opcodes opcodes{{"mov", decode_mov}, {"cvt", decode_cvt}, {"cvta", decode_cvta}, {"mapa", decode_mapa}};
 
 }  // namespace
 }  // namespace gpusim

@@ -35,7 +35,6 @@ void acquire(Warp& w, const std::vector<uint32_t>& from) {
 }
 
 void lanes_synchronised(Warp& w) { ++w.lane_epoch; }
-void fence(Warp&) {}
 
 void proxy_fence(Warp& w) {
   if (!enabled()) return;
@@ -55,6 +54,7 @@ std::string describe(const Warp& w, const ShadowEntry& e, const char* verb) {
 // Whether what `e` stands for is ordered before what this lane does now.
 bool ordered(const Warp& w, int self, int lane, const ShadowEntry& e) {
   if (!e.clock) return true;
+  if (e.clock == kReading) return false;
   if (e.warp != self) return w.clock[e.warp] >= e.clock;
   return e.lane == lane || e.epoch != w.lane_epoch;
 }
@@ -65,11 +65,43 @@ void check(Warp& w, const Instr& i, int lane, const SharedShadow::Unit& u, uint3
     fail(w, i, lane, "race on shared memory at " + std::to_string(offset) + ": unordered with a " + describe(w, u.write, "write"));
   if (!writes) return;
   for (const ShadowEntry& r : u.reads)
-    if (!ordered(w, self, lane, r))
+    if (r.clock == kReading)
+      fail(w, i, lane,
+           "shared memory at " + std::to_string(offset) + " is written before " + describe(w, r, "an asynchronous read") +
+               " has been waited for");
+    else if (!ordered(w, self, lane, r))
       fail(w, i, lane, "race on shared memory at " + std::to_string(offset) + ": unordered with a " + describe(w, r, "read"));
 }
 
+// Where a read of this warp is noted: in its own place, or in that of the oldest other.
+ShadowEntry& place_of_read(SharedShadow::Unit& u, uint16_t warp) {
+  ShadowEntry* place = &u.reads[0];
+  for (ShadowEntry& r : u.reads) {
+    if (r.clock && r.clock != kReading && r.warp == warp) return r;
+    if (!r.clock || r.clock < place->clock) place = &r;
+  }
+  return *place;
+}
+
 }  // namespace
+
+SharedRead begin_read(Warp& w, int lane, Cta& owner, uint32_t offset, int bytes) {
+  const SharedRead read{&owner, offset, static_cast<uint32_t>(bytes), ++w.reads_begun};
+  const auto self = static_cast<uint16_t>(number(w));
+  if (enabled())
+    for (uint32_t at = offset; at < offset + read.bytes; at += 2)
+      place_of_read(owner.shadow->unit(at), self) = {kReading, read.id, self, static_cast<uint8_t>(lane)};
+  return read;
+}
+
+void end_read(Warp& w, int lane, const SharedRead& read) {
+  if (!enabled()) return;
+  const auto self = static_cast<uint16_t>(number(w));
+  for (uint32_t at = read.offset; at < read.offset + read.bytes; at += 2)
+    for (ShadowEntry& r : read.cta->shadow->unit(at).reads)
+      if (r.clock == kReading && r.warp == self && r.epoch == read.id)
+        r = {w.clock[static_cast<size_t>(number(w))], w.lane_epoch, self, static_cast<uint8_t>(lane)};
+}
 
 void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int bytes, Access access) {
   if (!enabled() || bytes < 2) return;
@@ -85,23 +117,15 @@ void shared(Warp& w, const Instr& i, int lane, Cta& owner, uint32_t offset, int 
       std::fill(std::begin(u.reads), std::end(u.reads), ShadowEntry{});
       continue;
     }
-    ShadowEntry* place = &u.reads[0];
-    for (ShadowEntry& r : u.reads) {
-      if (r.clock && r.warp == mine.warp) {
-        place = &r;
-        break;
-      }
-      if (!r.clock || r.clock < place->clock) place = &r;
-    }
-    const bool several = place->clock && place->warp == mine.warp && place->lane != mine.lane && place->epoch == mine.epoch;
-    *place = mine;
-    if (several) place->lane = 255;
+    ShadowEntry& place = place_of_read(u, mine.warp);
+    const bool several = place.clock && place.warp == mine.warp && place.lane != mine.lane && place.epoch == mine.epoch;
+    place = mine;
+    if (several) place.lane = 255;
   }
 }
 
 void not_generic(Warp& w, const Instr& i, int lane, uint64_t address, int bytes) {
-  static const bool strict = std::getenv("GPUSIM_STRICT") != nullptr;
-  if (!enabled() || strict) return;
+  if (!enabled() || w.cta->cluster->launch->strict) return;
   const SharedPlace place = shared_place(w, i, lane, address, bytes);
   for (int at = 0; at < bytes; at += 2) place.cta->shadow->unit(place.offset + static_cast<uint32_t>(at)).generic_write = false;
 }

@@ -1,5 +1,6 @@
-// Exchange among the lanes of a warp. PTX ISA 9.7.9.6 (shfl.sync), 9.7.13.9 (vote.sync), 9.7.13.10 (match.sync),
-// 9.7.13.12 (redux.sync), 9.7.13.15 (elect.sync), 9.7.13.11 (activemask). Each waits until all living lanes it names are there.
+// Exchange among the lanes of a warp. PTX ISA, "Data Movement and Conversion Instructions: shfl.sync", "Parallel Synchronization and
+// Communication Instructions: vote.sync, match.sync, redux.sync, elect.sync, activemask". Each waits until all living lanes it names are
+// there.
 #include <algorithm>
 
 #include "decoder.h"
@@ -65,9 +66,9 @@ Flow shuffle(Warp& w, const Instr& i, Mask m) {
 }
 void decode_shfl(Decoder& d, const Statement& s, Instr& i) {
   if (!s.has("sync")) return;
-  const size_t bar = s.operands[0].find('|');
-  i.d = d.destination(std::string(trim(s.operands[0].substr(0, bar))));
-  if (bar != std::string::npos) i.list = d.list({d.destination(std::string(trim(s.operands[0].substr(bar + 1))))});
+  const auto [first, second] = split_pair(s.operands[0]);
+  i.d = d.destination(first);
+  if (!second.empty()) i.list = d.list({d.destination(second)});
   i.a = d.source(s.operands[1], kU32);
   i.b = d.source(s.operands[2], kU32);
   i.c = d.source(s.operands[3], kU32);
@@ -77,7 +78,7 @@ void decode_shfl(Decoder& d, const Statement& s, Instr& i) {
   i.exec = shuffle;
 }
 
-enum VoteMode : uint8_t { kVoteAll, kVoteAny, kVoteUni, kBallot };
+enum VoteMode : uint8_t { kVoteAll, kVoteAny, kBallot };
 
 Flow vote(Warp& w, const Instr& i, Mask m) {
   if (!all_there(w, i, m, i.b)) return Flow::kWait;
@@ -86,7 +87,7 @@ Flow vote(Warp& w, const Instr& i, Mask m) {
   uint32_t ballots[kLanes];
   for_lanes(m, [&](int l) {
     const Mask members = w.reg<uint32_t>(i.b)[l] & w.live, yes = p & members;
-    const bool answer = i.flags == kVoteAll ? yes == members : i.flags == kVoteAny ? yes != 0 : yes == members || !yes;
+    const bool answer = i.flags == kVoteAll ? yes == members : yes != 0;
     r |= Mask(answer) << l;
     ballots[l] = yes;
   });
@@ -97,13 +98,13 @@ Flow vote(Warp& w, const Instr& i, Mask m) {
   return Flow::kNext;
 }
 void decode_vote(Decoder& d, const Statement& s, Instr& i) {
-  if (!s.has("sync")) return;
+  if (!s.has("sync") || s.has("uni")) return;
   bool negated;
   i.d = d.destination(s.operands[0]);
   i.a = d.predicate(s.operands[1], &negated);
   i.b = d.source(s.operands[2], kU32);
   i.count = negated;
-  i.flags = s.has("all") ? kVoteAll : s.has("any") ? kVoteAny : s.has("uni") ? kVoteUni : kBallot;
+  i.flags = s.has("all") ? kVoteAll : s.has("any") ? kVoteAny : kBallot;
   i.whole = true;
   i.exec = vote;
 }
@@ -130,9 +131,9 @@ Flow match(Warp& w, const Instr& i, Mask m) {
 }
 void decode_match(Decoder& d, const Statement& s, Instr& i) {
   const Type t = d.type_of(s);
-  const size_t bar = s.operands[0].find('|');
-  i.d = d.destination(std::string(trim(s.operands[0].substr(0, bar))));
-  if (bar != std::string::npos) i.list = d.list({d.destination(std::string(trim(s.operands[0].substr(bar + 1))))});
+  const auto [first, second] = split_pair(s.operands[0]);
+  i.d = d.destination(first);
+  if (!second.empty()) i.list = d.list({d.destination(second)});
   i.a = d.source(s.operands[1], t);
   i.b = d.source(s.operands[2], kU32);
   i.width = t.size;
@@ -201,9 +202,9 @@ Flow elect(Warp& w, const Instr& i, Mask m) {
   return Flow::kNext;
 }
 void decode_elect(Decoder& d, const Statement& s, Instr& i) {
-  const size_t bar = s.operands[0].find('|');
-  i.d = d.destination(std::string(trim(s.operands[0].substr(0, bar))));
-  i.list = d.list({d.destination(std::string(trim(s.operands[0].substr(bar + 1))))});
+  const auto [first, second] = split_pair(s.operands[0]);
+  i.d = d.destination(first);
+  i.list = d.list({d.destination(second)});
   i.a = d.source(s.operands[1], kU32);
   i.whole = true;
   i.exec = elect;

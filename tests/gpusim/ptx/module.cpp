@@ -188,6 +188,8 @@ Function parse_head(std::string_view head) {
       f.max_threads = 1;
       for (int64_t k : n) f.max_threads *= static_cast<int>(k);
     }
+  if (const auto n = numbers(".maxnreg"); !n.empty()) f.max_registers = static_cast<int>(n[0]);
+  if (const auto n = numbers(".minnctapersm"); !n.empty()) f.min_ctas = static_cast<int>(n[0]);
   if (const auto n = numbers(".reqnctapercluster"); !n.empty())
     for (size_t i = 0; i < 3; ++i) f.cluster[i] = i < n.size() ? static_cast<int>(n[i]) : 1;
   return f;
@@ -279,8 +281,7 @@ class BodyParser {
                  text.substr(at).starts_with(".loc\t")) {  // ends with its line, without a semicolon
         at = std::min(text.find('\n', at), text.size());
       } else if (const size_t label = label_length(text.substr(at))) {
-        label_ = trim(text.substr(at, label - 1));
-        body_.scopes[open.back()].labels[label_] = static_cast<int>(body_.statements.size());
+        body_.scopes[open.back()].labels[std::string(trim(text.substr(at, label - 1)))] = static_cast<int>(body_.statements.size());
         at += label;
       } else {
         const size_t end = text.find(';', at);
@@ -302,10 +303,6 @@ class BodyParser {
 
   void item(std::string_view text, Body::Scope* scope, int scope_index) {
     if (text.starts_with(".reg")) return declare_registers(text, scope);
-    if (text.starts_with(".branchtargets")) {
-      scope->branch_targets[label_] = text.substr(14);
-      return;
-    }
     if (text[0] == '.' && !text.starts_with(".pragma")) {
       Variable v;
       if (parse_variable(text, &v)) scope->variables[v.name] = v;
@@ -357,7 +354,6 @@ class BodyParser {
   const Function& function_;
   Mutation mutation_;
   Body body_;
-  std::string label_;
   int line_;
 };
 

@@ -1,5 +1,5 @@
 // PTX text to functions, variables and statements. Bodies are split into statements when a kernel is first launched.
-// PTX ISA 4 (syntax) and 5 (state spaces, types and variables).
+// PTX ISA, "Syntax" and "State Spaces, Types, and Variables".
 #pragma once
 #include <cstdint>
 #include <map>
@@ -48,9 +48,9 @@ struct Function {
   bool entry = false;
   std::vector<Variable> parameters, results;
   std::string_view body;
-  int line = 0;  // of the body's first character
-  int max_threads = 0;
-  int cluster[3] = {0, 0, 0};  // .reqnctapercluster
+  int line = 0;                                          // of the body's first character
+  int max_threads = 0, max_registers = 0, min_ctas = 1;  // .maxntid or .reqntid, .maxnreg, .minnctapersm
+  int cluster[3] = {0, 0, 0};                            // .reqnctapercluster
 };
 
 // A body, parsed: what is declared in each scope, where labels are, and the statements in order.
@@ -61,7 +61,6 @@ struct Body {
     std::map<std::string, int, std::less<>> ranges;  // "%r" of .reg .b32 %r<100>, with the same entry in registers
     std::map<std::string, int, std::less<>> labels;  // to statement index
     std::map<std::string, Variable, std::less<>> variables;
-    std::map<std::string, std::string, std::less<>> branch_targets;  // .branchtargets lists, by label
   };
   std::vector<Scope> scopes;
   std::vector<Statement> statements;

@@ -34,10 +34,12 @@ Mutation::~Mutation() {
 void Mutation::apply(std::string* statement) {
   if (!active_ || statement->find(text_) == std::string::npos) return;
   if (seen_++ != wanted_ || count_only_) return;
+  const size_t guard = (*statement)[0] == '@' ? statement->find(' ') + 1 : 0;
   if (action_ == "drop") {
     statement->clear();
+  } else if (action_ == "trap") {
+    statement->replace(guard, std::string::npos, "trap");
   } else if (action_ == "true" || action_ == "false") {
-    const size_t guard = (*statement)[0] == '@' ? statement->find(' ') + 1 : 0;
     const size_t begin = statement->find_first_not_of(' ', statement->find(' ', guard)), end = statement->find_first_of(",| ", begin);
     *statement = statement->substr(0, guard) + "mov.pred " + statement->substr(begin, end - begin) + (action_ == "true" ? ", 1" : ", 0");
   } else if (const size_t arrow = action_.find("=>"); arrow != std::string::npos) {

@@ -1,5 +1,6 @@
 // GPUSIM_MUTATE=kernel;text;k;action changes the k-th statement (from 0) that contains `text` in functions whose name contains
-// `kernel`. Actions: drop; true or false (a statement with a predicate result becomes that constant); from=>to (replacement).
+// `kernel`. Actions: drop; true or false (a statement with a predicate result becomes that constant); from=>to (replacement);
+// trap (whether it is reached at all).
 // GPUSIM_MUTATE=kernel;text;count;print reports how many statements match, on stderr.
 #pragma once
 #include <string>

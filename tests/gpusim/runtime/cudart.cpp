@@ -178,7 +178,7 @@ GPUSIM_API int cudaDriverGetVersion(int* version) { return *version = 13000, 0; 
 GPUSIM_API int cudaRuntimeGetVersion(int* version) { return *version = 13000, 0; }
 GPUSIM_API int cudaDeviceGetAttribute(int* value, int attribute, int) {
   const Device& d = Device::get();
-  *value = attribute_value(attribute, d.architecture, d.sms, static_cast<int>(d.shared_per_block));
+  *value = attribute_value(attribute, d.architecture, d.sms(), static_cast<int>(d.shared_per_block));
   return *value < 0 ? 1 : 0;
 }
 GPUSIM_API int cudaGetLastError() {
@@ -233,7 +233,7 @@ GPUSIM_API int cudaOccupancyMaxActiveClusters(int* clusters, const void*, const 
       const auto* c = reinterpret_cast<const dim3*>(config->attributes[k].value);
       size = static_cast<int>(c->x * c->y * c->z);
     }
-  *clusters = Device::get().sms / size;
+  *clusters = Device::get().sms() / size;
   return 0;
 }
 

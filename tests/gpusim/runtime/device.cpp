@@ -44,9 +44,10 @@ int number(const char* name, int otherwise) {
 
 Device::Device() {
   architecture = number("GPUSIM_ARCH", 90);
-  sms = number("GPUSIM_SMS", 4);
   shared_per_block = architecture >= 90 ? 227 * 1024 : 163 * 1024;
 }
+
+int Device::sms() const { return number("GPUSIM_SMS", 4); }
 
 Device& Device::get() {
   static Device* device = new Device;
@@ -121,7 +122,7 @@ int Device::launch(const LaunchRequest& r) {
     l.dynamic_shared = r.dynamic_shared;
     l.threads = static_cast<int>(r.block[0] * r.block[1] * r.block[2]);
     l.warps = (l.threads + kLanes - 1) / kLanes;
-    l.sms = sms;
+    l.sms = sms();
     l.ctas_per_sm = ctas_per_sm;
     const auto refuse = [&](const std::string& why) {
       if (message.empty()) message = k.name + ": " + why;
@@ -144,6 +145,7 @@ int Device::launch(const LaunchRequest& r) {
       std::memcpy(parameters + k.parameters[p].first, r.arguments[p], static_cast<size_t>(k.parameters[p].second));
     Memory::get().add(parameters, static_cast<size_t>(k.parameter_bytes), "kernel's parameters", false);
     l.parameters = parameters;
+    l.strict = number("GPUSIM_STRICT", 0);
     if (const char* seed = std::getenv("GPUSIM_SCHED"); seed && *seed) {
       l.random_schedule = true;
       l.random.seed(static_cast<unsigned>(std::strtoul(seed, nullptr, 10)));

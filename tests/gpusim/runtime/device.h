@@ -40,7 +40,8 @@ struct LaunchRequest {
 struct Device {
   static Device& get();
   int architecture = 90;  // GPUSIM_ARCH=80 runs the code for sm_80
-  int sms = 4, ctas_per_sm = 2;
+  int ctas_per_sm = 2;
+  int sms() const;  // GPUSIM_SMS, or 4
   int64_t shared_per_block = 227 * 1024;
 
   LoadedModule* add_module(const void* fat_binary);

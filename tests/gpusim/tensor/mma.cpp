@@ -1,5 +1,5 @@
-// Warp-wide matrix products and the loads that feed them. PTX ISA 9.7.14.5.8 (m16n8k16 and its siblings: fragments),
-// 9.7.14.5.15 (ldmatrix), 9.7.14.5.16 (stmatrix), 9.7.14.5.17 (movmatrix). Sums are formed in float32, k ascending, one rounding per step.
+// Warp-wide matrix products and the loads that feed them. PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions: mma, ldmatrix,
+// stmatrix, movmatrix" and the matrix fragments there. Sums are formed in float32, k ascending, one rounding per step.
 #include "../exec/access.h"
 #include "fragments.h"
 
@@ -16,8 +16,7 @@ bool whole_warp(Warp& w, const Instr& i, Mask m) {
   return true;
 }
 
-// list: registers of d, a, b, c. width: k; count: registers of a row of A per lane; flags: Element and the type of the sum.
-constexpr uint8_t kHalfSum = 8;
+// list: registers of d, a, b, c. width: k; count: registers of a row of A per lane; flags: Element.
 
 template <int K>
 void multiply(const float (&a)[16][16], const float (&b)[16][8], float (&c)[16][8]) {
@@ -28,9 +27,9 @@ void multiply(const float (&a)[16][16], const float (&b)[16][8], float (&c)[16][
 
 Flow mma(Warp& w, const Instr& i, Mask m) {
   if (!whole_warp(w, i, m)) return Flow::kWait;
-  const auto e = static_cast<Element>(i.flags & 7);
-  const int k_size = i.width, a_count = i.list[0], b_count = i.list[1], d_count = i.flags & kHalfSum ? 2 : 4;
-  const uint32_t *d = i.list + 2, *a = d + d_count, *b = a + a_count, *c = b + b_count;
+  const auto e = static_cast<Element>(i.flags);
+  const int k_size = i.width, a_count = i.list[0], b_count = i.list[1];
+  const uint32_t *d = i.list + 2, *a = d + 4, *b = a + a_count, *c = b + b_count;
   float A[16][16], B[16][8], C[16][8];
   for (int l = 0; l < kLanes; ++l) {
     const int group = l / 4, column = l % 4;
@@ -55,37 +54,25 @@ Flow mma(Warp& w, const Instr& i, Mask m) {
     }
     for (int j = 0; j < 4; ++j) {
       const int row = group + 8 * (j >> 1), n = 2 * column + (j & 1);
-      C[row][n] =
-          d_count == 4 ? w.reg<float>(c[j])[l] : half_table()[static_cast<uint16_t>(w.reg<uint32_t>(c[j / 2])[l] >> (16 * (j & 1)))];
+      C[row][n] = w.reg<float>(c[j])[l];
     }
   }
   if (k_size == 16) multiply<16>(A, B, C);
   if (k_size == 8) multiply<8>(A, B, C);
-  if (k_size == 4) multiply<4>(A, B, C);
   for (int l = 0; l < kLanes; ++l)
-    for (int j = 0; j < 4; ++j) {
-      const float v = C[l / 4 + 8 * (j >> 1)][2 * (l % 4) + (j & 1)];
-      if (d_count == 4)
-        w.reg<float>(d[j])[l] = v;
-      else
-        reinterpret_cast<uint16_t*>(w.reg<uint32_t>(d[j / 2]) + l)[j & 1] = to_half(static_cast<double>(v)).bits;
-    }
+    for (int j = 0; j < 4; ++j) w.reg<float>(d[j])[l] = C[l / 4 + 8 * (j >> 1)][2 * (l % 4) + (j & 1)];
   w.cta->cluster->launch->counters.tensor_macs += static_cast<uint64_t>(16 * 8 * k_size);
   return Flow::kNext;
 }
 
 void decode_mma(Decoder& d, const Statement& s, Instr& i) {
   const bool tf32 = s.has("tf32"), bf16 = s.has("bf16"), f16 = s.has("f16");
-  i.width = s.has("m16n8k16") ? 16 : s.has("m16n8k8") ? 8 : s.has("m16n8k4") ? 4 : 0;
-  if (!i.width || !s.has("row") || !s.has("col") || (!tf32 && !bf16 && !f16) || s.has("sp")) return;
+  i.width = s.has("m16n8k16") ? 16 : s.has("m16n8k8") ? 8 : 0;
   Type result;
   for (size_t k = 1; k < s.words.size(); ++k)
     if (parse_type(s.words[k], &result)) break;
-  const bool half_sum = result.kind == Kind::kHalf;
-  i.flags = static_cast<uint8_t>(static_cast<uint8_t>(tf32   ? Element::kTf32
-                                                      : bf16 ? Element::kBFloat
-                                                             : Element::kHalf) |
-                                 (half_sum ? kHalfSum : 0));
+  if (!i.width || !s.has("row") || !s.has("col") || (!tf32 && !bf16 && !f16) || s.has("sp") || result.kind != Kind::kFloat) return;
+  i.flags = static_cast<uint8_t>(tf32 ? Element::kTf32 : bf16 ? Element::kBFloat : Element::kHalf);
   std::vector<uint32_t> registers(2);
   const Type word{Kind::kBits, 4};
   for (int operand = 0; operand < 4; ++operand) {

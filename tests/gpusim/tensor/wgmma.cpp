@@ -1,4 +1,5 @@
-// Products of a warpgroup. PTX ISA 9.7.15.5 (wgmma.mma_async: shapes, fragments, descriptors), 9.7.15.7 (fence, commit, wait).
+// Products of a warpgroup. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions: wgmma.mma_async, wgmma.fence,
+// wgmma.commit_group, wgmma.wait_group".
 // A warp computes its 16 rows. Late: at wait_group, from the descriptors and A registers of the time it was issued.
 #include "../async/queue.h"
 #include "../exec/access.h"
@@ -19,7 +20,8 @@ bool whole_warp(Warp& w, const Instr& i, Mask m) {
   return true;
 }
 
-// PTX ISA 9.7.15.5.1.2: a matrix in shared memory. W: 16-byte chunks per swizzled row, 1 without swizzle.
+// PTX ISA, "Matrix Descriptor Format" and "Shared Memory Matrix Layout": a matrix in shared memory. W: 16-byte chunks per swizzled row, 1
+// without swizzle.
 struct Descriptor {
   uint32_t start, leading, stride, W;
   explicit Descriptor(uint64_t d) : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
