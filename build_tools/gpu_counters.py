@@ -91,7 +91,7 @@ ROWS = [
     Row("activation backward", "gated_activation_backward", "2*S*I + 4*S*I + 4*S*I"),
     Row("grouped_mm, K-major weights", "grouped_mm", MM, "S*H*N"),
     Row("grouped_mm, N-major weights", "grouped_mm", MM, "S*H*N"),
-    Row("grouped_mm, gathered rows", "grouped_forward", "2*T*H + 4*S + 4*H*I*E_act + 4*S*I", "2*S*H*I", "up projection"),
+    Row("up projection and activation", "grouped_forward", "2*T*H + 4*S + 4*H*I*E_act + 2*S*I", "2*S*H*I", "up projection"),
     Row("weight gradient", "grouped_mm_wgrad", "2*S*H + 2*S*N + 2*E*H*N", "S*H*N"),
     Row("bias gradient", "grouped_bias_grad", "2*S*H + 2*E*H"),
     Row("layer, inference", "grouped_forward", FORWARD, "3*S*H*I"),
@@ -108,10 +108,11 @@ def launches_of(row: Row, shape: Shape, gpu: SimulatedGpu) -> list[dict[str, Any
     launches = gpu.take_launches()
     if row.part == "all":
         return launches
-    # The rows are gathered between the sort and the activation.
+    # From the sort to the activation, which may be part of the projection's kernel.
     names = [launch["kernel"] for launch in launches]
     first = max(i for i, name in enumerate(names) if "sort_cu" in name) + 1
-    return launches[first : next(i for i, name in enumerate(names) if "activation_cu" in name)]
+    last = next(i for i, name in enumerate(names) if any(word in name for word in ("activation_cu", "grouped_up_sm90_cu", "GroupedUp")))
+    return launches[first : last + 1]
 
 
 def measure(gpu: SimulatedGpu, architecture: int) -> Iterator[tuple[str, Counters]]:

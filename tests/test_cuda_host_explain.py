@@ -59,6 +59,7 @@ def test_the_kernel_and_what_the_others_need(explain: Explain) -> None:
     assert found["kernel"] == "sm90_cooperative" and found["tile"] == (128, 256, 64) and "cluster" in found["reason"]
     assert found["others"] == {
         "simt": ["float32 or float64"],
+        "few_rows": ["at most 16 rows, or 8 per expert"],
         "mma_elements": ["a row or matrix that does not begin at a multiple of 16 bytes"],
         "sm90_pingpong": [],
         "mma_64": ["less than 96 rows per expert"],
@@ -67,22 +68,27 @@ def test_the_kernel_and_what_the_others_need(explain: Explain) -> None:
 
 
 def test_what_is_missing_is_named(explain: Explain) -> None:
-    bias, ampere, few = explain(bias=True), explain(capability=80), explain(rows=128)
+    bias, ampere, few = explain(bias=True), explain(capability=80), explain(rows=2000)
     assert bias["kernel"] == ampere["kernel"] == "mma_128" and few["kernel"] == "sm90_pingpong"
     assert bias["others"]["sm90_cooperative"] == bias["others"]["sm90_pingpong"] == ["no bias, and nothing in the result to add to"]
     assert ampere["others"]["sm90_pingpong"] == ["a device of compute capability 9.0"]
     assert few["others"]["sm90_cooperative"] == ["256 rows per expert"]
-    assert explain(accumulate=True)["kernel"] == "mma_128" and explain(accumulate=True, rows=128)["kernel"] == "mma_64"
+    assert explain(accumulate=True)["kernel"] == "mma_128" and explain(accumulate=True, rows=2000)["kernel"] == "mma_64"
     assert explain(aligned=False)["kernel"] == "mma_elements" and explain(dtype="float32")["kernel"] == "simt"
     assert explain(N=1532)["others"]["sm90_cooperative"] == ["N and K that are multiples of 8"]
-    assert explain(rows=128, wgrad=True)["kernel"] == "sm90_cooperative"
-    assert set(explain(wgrad=True)["others"]) == {"simt", "mma_elements", "mma_128"}
+    assert explain(rows=1024)["kernel"] == "few_rows" and explain(rows=1024, N=1532)["kernel"] == "few_rows"
+    in_eights = "K in eights, and N where a weight's outputs are contiguous"
+    assert explain(rows=1024, N=1532, n_major=True)["others"]["few_rows"] == [in_eights]
+    assert set(explain(wgrad=True)["others"]) == {"simt", "mma_elements", "sm90_gather", "mma_128"}
+    assert explain(wgrad=True)["kernel"] == "sm90_cooperative"
+    assert explain(wgrad=True)["others"]["sm90_gather"] == ["rows that are gathered"]
+    assert explain(rows=128, wgrad=True)["kernel"] == explain(wgrad=True, gathered=True)["kernel"] == "sm90_gather"
 
 
 @pytest.mark.parametrize("capability", [86, 89, 100, 103, 120, 121])
 def test_newer_and_smaller_devices_run_mma_sync(explain: Explain, capability: int) -> None:
     assert explain(capability=capability)["kernel"] == "mma_128"
-    assert explain(capability=capability, rows=128)["kernel"] == "mma_64"
+    assert explain(capability=capability, rows=2000)["kernel"] == "mma_64"
 
 
 def test_mistakes_are_named(explain: Explain) -> None:

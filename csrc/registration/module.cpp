@@ -57,10 +57,15 @@ bool has_arch(const std::string& start) {
 
 // The tables of kernels/cuda/grouped_mm_config.h, which the CUDA library reads too. Rules after the one that applies are not asked.
 py::dict explain_grouped_mm(const std::string& dtype, int capability, int64_t rows, int64_t experts, int64_t N, int64_t K, bool aligned,
-                            bool bias, bool accumulate, bool wgrad) {
+                            bool n_major, bool bias, bool accumulate, bool wgrad, bool gathered) {
   using namespace moe::cuda;
   if (rows < 0 || experts < 1 || N < 0 || K < 0) throw std::invalid_argument("moe_ext: rows, N and K are at least 0, experts at least 1");
-  GemmQuery query{parse_dtype(dtype), capability, rows, experts, N, K, aligned, aligned, bias || accumulate, has_arch("sm_90")};
+  GemmQuery query{parse_dtype(dtype), capability, rows, experts, N, K};
+  query.aligned = query.aligned_out = aligned;
+  query.n_major = n_major;
+  query.epilogue = bias || accumulate;
+  query.gathered = gathered;
+  query.has_sm90 = has_arch("sm_90");
   py::dict result;
   const auto explain = [&](const auto& rules) {
     const GemmRule& chosen = choose(rules, query);
@@ -72,7 +77,9 @@ py::dict explain_grouped_mm(const std::string& dtype, int capability, int64_t ro
     for (const GemmRule& rule : rules) {
       py::list missing;
       for_each_missing(rule.requirements, query, [&](const char* text) { missing.append(text); });
-      if (&rule != &chosen) others[info(rule.kernel).name] = missing;
+      const char* name = info(rule.kernel).name;
+      if (rule.kernel == chosen.kernel) continue;
+      if (!others.contains(name) || py::len(missing) < py::len(others[name])) others[name] = missing;  // a kernel may have two lines
     }
     result["others"] = others;
   };
@@ -90,10 +97,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe", &describe, py::arg("library_path"),
         "What a loaded op library says about itself: its build and its kernel tables. RuntimeError when the library is not loaded.");
   m.def("explain_grouped_mm", &explain_grouped_mm, py::kw_only(), py::arg("dtype"), py::arg("capability"), py::arg("rows"),
-        py::arg("experts"), py::arg("N"), py::arg("K"), py::arg("aligned") = true, py::arg("bias") = false, py::arg("accumulate") = false,
-        py::arg("wgrad") = false,
+        py::arg("experts"), py::arg("N"), py::arg("K"), py::arg("aligned") = true, py::arg("n_major") = false, py::arg("bias") = false,
+        py::arg("accumulate") = false, py::arg("wgrad") = false, py::arg("gathered") = false,
         "Which CUDA kernel this build runs for a grouped_mm (or, with wgrad, a grouped_mm_wgrad, whose results are N x K) and why; no GPU "
         "is needed. dtype: 'bfloat16', ...; capability: 80, 90, 120; rows: S, of all experts; aligned: whether rows and matrices begin at "
-        "multiples of 16 bytes. Returns kernel, reason, tile (rows, columns, depth) and others: for each other kernel what it would have "
+        "multiples of 16 bytes; n_major: a weight is [K, N]; gathered: rows of a wgrad lie elsewhere. Returns kernel, reason, tile (rows, "
+        "columns, depth) and others: for each other kernel what it would have "
         "needed; nothing where the chosen one only comes first.");
 }

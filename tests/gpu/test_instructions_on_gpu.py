@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpusim.record import FILE, SOURCE, source_digest, unpack
+from gpusim.record import FILE, HERE, source_digest, unpack
 from on_gpu import ROOT, TRIAL, needs_gpu
 from torch import Tensor
 
@@ -29,23 +29,26 @@ RECORDED = json.loads(FILE.read_text())
 TARGETS = {"80": "arch=compute_80,code=compute_80", "90a": "arch=compute_90a,code=sm_90a"}
 
 
-def compile_for_gpu(architecture: str, output: Path) -> Path:
-    command = [str(NVCC), *PTX_FLAGS, "-shared", "-gencode", TARGETS[architecture], str(SOURCE), "-o", str(output)]
+LIBRARIES = sorted({(call["source"], call["architecture"]) for call in RECORDED["calls"]})
+
+
+def compile_for_gpu(source: str, architecture: str, output: Path) -> Path:
+    command = [str(NVCC), *PTX_FLAGS, "-shared", "-gencode", TARGETS[architecture], str(HERE / source), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
 
 class OnGpu:
-    """The same methods as gpusim.harness.Instructions, with the CUDA runtime in place of the simulator."""
+    """As gpusim.harness.Instructions, with the CUDA runtime in place of the simulator."""
 
-    def __init__(self, output: Path, architecture: str) -> None:
-        self.library = ctypes.CDLL(str(compile_for_gpu(architecture, output)))
+    def __init__(self, source: str, architecture: str, output: Path) -> None:
+        self.library = ctypes.CDLL(str(compile_for_gpu(source, architecture, output)))
 
-    def call(self, method: str, args: list[Any]) -> list[Tensor]:
+    def call(self, args: list[Any]) -> list[Tensor]:
         moved = [a.cuda() if isinstance(a, Tensor) else a for a in args]
         torch.cuda.synchronize()
-        status = getattr(self.library, method)(*map(as_c, moved))
+        status = self.library.run(*map(as_c, moved))
         torch.cuda.synchronize()
         assert status == 0, f"CUDA error {status}"
         return [a.cpu() for a in moved if isinstance(a, Tensor)]
@@ -54,13 +57,13 @@ class OnGpu:
 class Simulated:
     """For a trial without a GPU."""
 
-    def __init__(self, output: Path, architecture: str) -> None:
+    def __init__(self, source: str, architecture: str, output: Path) -> None:
         from gpusim.harness import Instructions
 
-        self.instructions = Instructions(output, architecture)
+        self.instructions = Instructions(output, architecture, source)
 
-    def call(self, method: str, args: list[Any]) -> list[Tensor]:
-        assert getattr(self.instructions, method)(*args) == ""
+    def call(self, args: list[Any]) -> list[Tensor]:
+        assert self.instructions.run(*args) == ""
         return [a for a in args if isinstance(a, Tensor)]
 
 
@@ -70,28 +73,28 @@ def as_c(value: Any) -> Any:
     return value.encode() if isinstance(value, str) else value
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, OnGpu | Simulated]:
-    architecture: str = request.param
+@pytest.fixture(scope="module", params=LIBRARIES, ids="-".join)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], OnGpu | Simulated]:
+    """The recorded calls of one library, and the library."""
+    source, architecture = request.param
     if not TRIAL and architecture == "90a" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("code for sm_90a runs on compute capability 9.0 only")
     output = tmp_path_factory.mktemp("instructions") / f"on_gpu_{architecture}.so"
-    return architecture, (Simulated if TRIAL else OnGpu)(output, architecture)
+    calls = [call for call in RECORDED["calls"] if (call["source"], call["architecture"]) == request.param]
+    return calls, (Simulated if TRIAL else OnGpu)(source, architecture, output)
 
 
 def test_the_recording_is_of_todays_kernels() -> None:
-    assert RECORDED["source"] == source_digest(), "instructions.cu has changed: run python tests/gpusim/record.py"
+    assert RECORDED["source"] == source_digest(), "a file of kernels has changed: run python tests/gpusim/record.py"
 
 
-def test_the_simulator_was_right(kernels: tuple[str, OnGpu | Simulated]) -> None:
-    architecture, runner = kernels
+def test_the_simulator_was_right(kernels: tuple[list[dict[str, Any]], OnGpu | Simulated]) -> None:
+    calls, runner = kernels
     wrong = []
-    calls = [call for call in RECORDED["calls"] if call["architecture"] == architecture]
-    assert calls
     for call in calls:
-        found = runner.call(call["method"], [unpack(value) for value in call["before"]])
+        found = runner.call([unpack(value) for value in call["before"]])
         for number, (f, e) in enumerate(zip(found, map(unpack, call["after"]), strict=True)):
             different = (f.view(torch.uint8) != e.view(torch.uint8)).sum().item()
             if different:
-                wrong.append(f"{call['method']} {call['before'][0] if call['method'] == 'run' else ''}: tensor {number}, {different} bytes")
+                wrong.append(f"{call['before'][0]}: tensor {number}, {different} bytes")
     assert not wrong, f"{len(wrong)} of {len(calls)} calls differ: " + "; ".join(wrong)

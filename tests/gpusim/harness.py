@@ -63,6 +63,7 @@ class Instructions(Loaded):
 
     def __init__(self, output: Path, architecture: str, source: str = "instructions.cu") -> None:
         super().__init__(gpusim.compile_test(Path(__file__).parent / source, output, architecture), int(architecture[:2]))
+        self.source = source
 
     def run(self, name: str, given: Tensor, result: Tensor, n: int = 0, change: str = "") -> str:
         """change: a mutation (ptx/mutation.h) of kernels whose names contain `name`."""

@@ -1,8 +1,7 @@
-"""Writes down what the simulator computes in tests/test_gpusim.py: `python tests/gpusim/record.py`, after a change to instructions.cu.
+"""Writes down what the simulator computes in tests/test_gpusim.py: `python tests/gpusim/record.py`, after a change to a file in SOURCES.
 
-Every call of a `run...` method of Instructions that succeeds in a test that passes is kept, with its tensors before and after, in
-recorded/instructions.json. tests/gpu/test_instructions_on_gpu.py repeats those calls on a GPU: a method has the name and the arguments of
-the function of instructions.cu that it calls.
+Every call of Instructions.run that succeeds in a test that passes is kept, with its tensors before and after, in
+recorded/instructions.json, but for those of kernels broken on purpose. tests/gpu/test_instructions_on_gpu.py repeats them on a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "instructions.cu"
+SOURCES = ("instructions.cu", "instructions_sm90.cu")
 FILE = HERE / "recorded" / "instructions.json"
 
-Call = dict[str, Any]  # architecture ("80", "90a"), method, before: arguments, after: the tensors among them
+Call = dict[str, Any]  # source, architecture ("80", "90a"), before: arguments, after: the tensors among them
 
 
 def pack(value: Any) -> Any:
@@ -42,7 +41,7 @@ def unpack(value: Any) -> Any:
 
 
 def source_digest() -> str:
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(b"".join((HERE / source).read_bytes() for source in SOURCES)).hexdigest()[:16]
 
 
 class Recorder:
@@ -52,27 +51,27 @@ class Recorder:
         self.calls: dict[str, Call] = {}
         self.of_test: list[Call] = []
 
-    def watch(self, instructions: type, method: str) -> None:
-        original: Callable[..., str] = getattr(instructions, method)
+    def watch(self, instructions: type) -> None:
+        original: Callable[..., str] = instructions.run  # type: ignore[attr-defined]
 
-        def watched(this: Any, *given: Any) -> str:
-            bound = inspect.signature(original).bind(this, *given)
+        def watched(this: Any, *given: Any, **named: Any) -> str:
+            bound = inspect.signature(original).bind(this, *given, **named)
             bound.apply_defaults()
-            args = bound.args[1:]
+            *args, change = bound.args[1:]
             before = [pack(a) for a in args]
             message = original(*bound.args)
-            if message == "":
+            if message == "" and not change:
                 architecture = "90a" if this.architecture == 90 else str(this.architecture)
                 after = [pack(a) for a in args if isinstance(a, Tensor)]
-                self.of_test.append({"architecture": architecture, "method": method, "before": before, "after": after})
+                self.of_test.append({"source": this.source, "architecture": architecture, "before": before, "after": after})
             return message
 
-        setattr(instructions, method, watched)
+        instructions.run = watched  # type: ignore[attr-defined]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call":
             for call in self.of_test if report.passed else ():
-                key = json.dumps([call["architecture"], call["method"], call["before"]])
+                key = json.dumps([call["source"], call["architecture"], call["before"]])
                 if self.calls.setdefault(key, call)["after"] != call["after"]:
                     raise AssertionError(f"{report.nodeid}: {call['before'][0]} gives other results for the same inputs")
             self.of_test = []
@@ -85,8 +84,7 @@ def main() -> int:
     from gpusim.harness import Instructions
 
     recorder = Recorder()
-    for method in [name for name in vars(Instructions) if name.startswith("run")]:
-        recorder.watch(Instructions, method)
+    recorder.watch(Instructions)
     status = pytest.main(["-q", "-x", str(HERE.parent / "test_gpusim.py")], plugins=[recorder])
     if status == 0:
         calls = list(recorder.calls.values())
