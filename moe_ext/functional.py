@@ -26,7 +26,8 @@ def grouped_experts(
     tokens. Returns the shape and dtype of hidden_states.
 
     path: "fused" is the one op `moe::grouped_forward`; "composed" is sort, permute, grouped_mm, activation, grouped_mm, unpermute,
-    where a `gate_fn` or a `post_norm` can act; "auto" takes the fused op whenever the spec allows. Both give the same bits.
+    where a `gate_fn` or a `post_norm` can act; "auto" takes the fused op whenever the spec allows. On the CPU both
+    give the same bits; on CUDA they may run other kernels, and agree by the error rule.
 
     Raises ValueError for path="fused" with a spec that only the composed path computes, RuntimeError for tensors that do not fit.
     """

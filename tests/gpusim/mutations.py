@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from error_rule import check_error_rule  # noqa: E402
-from op_table import CASES, Build, Case, Maker, mm_case, rows_case  # noqa: E402
+from op_table import ALL_STACKED, CASES, Build, Case, Maker, backward_of, layer, mm_case, rows_case  # noqa: E402
 
 from gpusim.few_rows import FEW_ROWS_CASES  # noqa: E402
 from gpusim.harness import folder  # noqa: E402
@@ -107,7 +107,7 @@ MUTATIONS = [
 ]
 SYNCHRONISING = (
     "bar.sync", "bar.warp.sync", "barrier.cluster", "mbarrier.arrive", "mbarrier.try_wait", "cp.async.wait_group", "cp.async.commit_group",
-    "cp.async.bulk.wait_group", "cp.async.bulk.commit_group", "wgmma.wait_group", "wgmma.commit_group", "fence.proxy",
+    "cp.async.mbarrier", "cp.async.bulk.wait_group", "cp.async.bulk.commit_group", "wgmma.wait_group", "wgmma.commit_group", "fence.proxy",
 )  # fmt: skip
 
 
@@ -152,12 +152,13 @@ def kernels_of_9_0() -> bool:
 
 
 def table(mutations: list[Mutation]) -> str:
-    rows = ["| mutation | kernel | caught |", "|---|---|---|"]
+    rows = ["# Kernels broken on purpose", "", "Written by `python tests/gpusim/mutations.py --markdown docs/gpusim-mutations.md`.", ""]
+    rows += ["| mutation | kernel | caught |", "|---|---|---|"]
     for m in mutations:
         how = re.sub(r"_ZN?\w{40,}", "...", caught_by(m)) or "**not caught**"
         rows.append(f"| {m.what} | {m.case}, sm_{m.architecture} | {how} |")
         print(rows[-1], file=sys.stderr, flush=True)
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
 
 
 # ---- the sweep
@@ -224,15 +225,21 @@ SWEEP_MODES += [{"ASYNC": seed, "SCHED": seed} for seed in range(1, 4)]
 LARGE = {"T": 650, "E": 5, "inputs": 264, "outputs": 264}
 SMALL = {"T": 200, "E": 7, "inputs": 584, "outputs": 136}
 WIDE = {"T": 300, "E": 2, "inputs": 264, "outputs": 264}
+BACKWARD = backward_of(layer(T=200, E=4, H=392, I=136), ALL_STACKED)
 SWEEPS = [
     Sweep("sort", 80, "sort", "sort_by_expert", lambda m: ((m.ids("dropped", 4400, 4, 37, torch.int32), 37), {})),
-    Sweep("unpermute backward", 80, "unpermute_backward", "unpermute_backward", rows_case("unpermute_backward", H=136)),
+    Sweep("unpermute backward", 80, "unpermute_backward", "unpermute_backward", rows_case("unpermute_backward", H=2120)),
     Sweep("bias gradient", 80, "bias_grad", "grouped_bias_grad", mm_case("grouped_bias_grad", T=90)),
     Sweep("mma.sync", 80, SM80, "grouped_mm", mm_case("grouped_mm", **SMALL)),
     Sweep("mma.sync wgrad", 80, WGRAD, "grouped_mm_wgrad", mm_case("grouped_mm_wgrad", **WIDE)),
     Sweep("ping-pong", 90, SM90, "grouped_mm", mm_case("grouped_mm", **SMALL)),
     Sweep("cooperative", 90, SM90, "grouped_mm", mm_case("grouped_mm", **LARGE)),
     Sweep("cooperative wgrad", 90, SM90, "grouped_mm_wgrad", mm_case("grouped_mm_wgrad", **WIDE)),
+    Sweep("few rows", 80, "few_rows_kernel", "grouped_forward", layer(T=8, E=9, H=328, I=136)),
+    Sweep("up, ping-pong", 90, "grouped_up_sm90", "_grouped_forward_train", layer(T=150, E=4, H=328, I=136)),
+    Sweep("up, cooperative", 90, "grouped_up_sm90", "_grouped_forward_train", layer(T=520, E=4, H=328, I=136)),
+    Sweep("down backward", 90, "grouped_down_backward_sm90", "_grouped_backward", BACKWARD),
+    Sweep("gathered wgrad", 90, GATHER, "_grouped_backward", BACKWARD),
 ]
 
 
@@ -244,6 +251,9 @@ SCHEDULER = "orders what no asynchronous copy touches: the scheduler's tile numb
 ONE_LANE = "between two parts that the same elected lane runs, or that share nothing"
 ORDERED = "the order is also that of another barrier: the next tile's number is read before its loads are announced"
 AHEAD = "waits again for what was just looked for: the loads were always issued before, in every order tried"
+BOTH_ORDER = "the cluster's barrier behind it orders the same"
+STACK = "acquires the maps of a list of matrices: here they are a stack"
+IN_STEP = "lanes that have not diverged run in step here, and go on to an instruction that they execute together or one of them does"
 EPILOGUE = "the two groups' epilogues take turns, and each ends with a wait for all its stores"
 REASONS = (
     (("cooperative", "cooperative wgrad"), "bar.warp.sync", (0, 3, 4, 5), ONE_LANE),
@@ -269,6 +279,10 @@ REASONS = (
     (("ping-pong",), "bar.sync", (2, 8), EPILOGUE),
     (("ping-pong",), "fence.proxy", range(1, 8, 2), NO_SOURCE),
     (("ping-pong",), "fence.proxy", (9, 10, 11, 12, 15, 16), SCHEDULER),
+    (("up, cooperative",), "bar.sync", (0,), BOTH_ORDER),
+    (("up, ping-pong", "up, cooperative"), "fence.proxy", (7, 8), STACK),
+    (("down backward",), "fence.proxy", (9,), STACK),
+    (("down backward",), "bar.warp.sync", (*range(0, 32, 4), *range(2, 32, 8), *range(3, 32, 8)), IN_STEP),
 )
 
 
@@ -280,26 +294,42 @@ def why_not(name: str, text: str, k: int) -> str:
 HEAD = """# Synchronising statements that are dropped
 
 Each in turn, as the kernel's PTX is loaded (a wait with a predicate is taken as true), in one run per order of events on the simulated
-GPU. Written by `python tests/gpusim/mutations.py --sweep --markdown docs/gpusim-sweep.md`; the reasons are in that file.
+GPU. Written by `python tests/gpusim/mutations.py --sweep --markdown docs/gpusim-sweep.md`, or of some kernels with their names after
+`--sweep`; the reasons are in that file.
 
 """
 
 
-def sweep(chosen: list[Sweep]) -> str:
-    rows, missed = ["| kernel | dropped | noticed |", "|---|---|---|"], 0
+def with_reason(row: str) -> str:
+    """A row of a drop that was not noticed, with the reason of today."""
+    found = re.fullmatch(r"\| (.+), sm_\d+ \| (.+) (\d+) \| (?:no: |\*\*no\*\*).* \|", row)
+    return row if found is None else f"{row[: row.rindex(' | ')]} | {why_not(found[1], found[2], int(found[3]))} |"
+
+
+def sweep(chosen: list[Sweep], before: str = "") -> str:
+    """The table; rows of kernels that are not chosen are taken from the one before."""
+    rows = {one.name: [with_reason(r) for r in before.splitlines() if r.startswith(f"| {one.name}, sm_")] for one in SWEEPS}
     for one in chosen:
         expected, instructions = one.run()
+        rows[one.name] = []
         for text, k in one.sites():
-            how = one.noticed(text, k, expected, instructions)
-            missed += not how
-            rows.append(f"| {one.name}, sm_{one.architecture} | {text} {k} | {how or why_not(one.name, text, k)} |")
-            print(rows[-1], file=sys.stderr, flush=True)
-    return HEAD + f"{len(rows) - 2 - missed} of {len(rows) - 2} drops are noticed.\n\n" + "\n".join(rows) + "\n"
+            how = one.noticed(text, k, expected, instructions) or why_not(one.name, text, k)
+            rows[one.name].append(f"| {one.name}, sm_{one.architecture} | {text} {k} | {how} |")
+            print(rows[one.name][-1], file=sys.stderr, flush=True)
+    found = [row for of_kernel in rows.values() for row in of_kernel]
+    missed = sum("| no: " in row or "| **no**" in row for row in found)
+    head = f"{len(found) - missed} of {len(found)} drops are noticed.\n\n| kernel | dropped | noticed |\n|---|---|---|\n"
+    return HEAD + head + "\n".join(found) + "\n"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", nargs="*", metavar="NAME", help="names of SWEEPS, or none for all")
+    parser.add_argument(
+        "--sweep",
+        nargs="*",
+        metavar="NAME",
+        help="names of SWEEPS, or none for all; reasons: nothing is run, the table gets today's reasons",
+    )
     parser.add_argument("--kernel", help="with one name: another part of the kernels' mangled names")
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     options = parser.parse_args()
@@ -307,7 +337,8 @@ if __name__ == "__main__":
         text = table(MUTATIONS)
     else:
         chosen = [one for one in SWEEPS if one.name in (options.sweep or [one.name])]
-        text = sweep([replace(one, kernel=options.kernel or one.kernel) for one in chosen])
+        before = options.markdown.read_text() if options.markdown and options.markdown.exists() else ""
+        text = sweep([replace(one, kernel=options.kernel or one.kernel) for one in chosen], before)
     if options.markdown:
         options.markdown.write_text(text)
     else:
