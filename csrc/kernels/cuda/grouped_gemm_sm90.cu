@@ -45,11 +45,12 @@ __global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out
   }
 }
 
+// Even: CUTLASS launches as many blocks, and those of the cooperative kernels come in clusters of two.
 int multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  return count < 2 ? 2 : count / 2 * 2;
 }
 
 int64_t copied_bytes(const Rows& rows, int64_t S, int64_t width) { return rows.row_to_slot ? S * width * kElement : 0; }
