@@ -10,6 +10,7 @@ import torch
 from error_rule import check_error_rule
 from gpusim.few_rows import FEW_ROWS_CASES, FewRowsCase
 from gpusim.harness import folder, needs_nvcc
+from gpusim.orders import MODES
 from op_table import ACTIVATIONS, Maker, layer, listed, results_and_gradients, to_double
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from moe_ext.testing import SimulatedGpu, simulated_gpu
 pytestmark = needs_nvcc
 
 FEW_ROWS, UP = "few_rows_kernel", "GroupedUpParams"
-MODES = [{"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "late", "SCHED": "2"}]
 GROUPED_MM_CASES = [c for c in FEW_ROWS_CASES if c.op.startswith("grouped_mm")]
 
 

@@ -6,25 +6,21 @@ before and after the results. Everything the simulator checks is checked on the 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import plain_ops
 import pytest
 import torch
 from gpusim import fused
 from gpusim.harness import folder, needs_nvcc
-from gpusim.mutations import Mutation, kernels_of_9_0, mutated
+from gpusim.mutations import Mutation, kernels_of_9_0
+from gpusim.orders import assert_same_bits_in_any_order, noticed
 from torch import Tensor
 
 from moe_ext import reference
 from moe_ext.experts import ExpertSpec
-from moe_ext.testing import SimulationError, assert_accurate, simulated_gpu
+from moe_ext.testing import assert_accurate, simulated_gpu
 
 pytestmark = needs_nvcc
 GUARD = 128  # rows around the results
@@ -101,7 +97,6 @@ MODE_CASES = {
     "adjacent": replace(PINGPONG[3], layout="transposed_interleaved", bias=True),
     "list": replace(PINGPONG[2], layout="list"),
 }
-MODES = [{"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "late", "SCHED": "2"}]
 
 
 @dataclass
@@ -292,30 +287,16 @@ def test_says_what_it_cannot_do(what: str) -> None:
         assert fused.grouped_up(x, i.row_to_slot, c.K, i.offsets, (i.gate, i.up), bias, spec, None, out) == REFUSED[what]
 
 
-def digest(c: Case, **mode: str) -> str:
-    with simulated_gpu(folder(), 90, **mode):
-        out, pre_act = run_kernel(c, make(c, torch.bfloat16))
-    return hashlib.sha256(b"".join(t.view(torch.int16).numpy().tobytes() for t in (out, pre_act))).hexdigest()
+def results(c: Case) -> tuple[Tensor, ...]:
+    out, pre_act = run_kernel(c, make(c, torch.bfloat16))
+    assert pre_act is not None
+    return out, pre_act
 
 
 @pytest.mark.parametrize("name", MODE_CASES)
 def test_any_order_of_events(name: str) -> None:
-    """Asynchronous work early, late and in between, warps in other orders, cp.async as a write that needs a fence: the same bits."""
     needs_kernel()
-    case = MODE_CASES[name]
-    expected = digest(case)
-    assert [digest(case, **mode) for mode in MODES] == [expected] * len(MODES)
-    code = f"import test_gpusim_up as t; print(t.digest(t.MODE_CASES[{name!r}], ASYNC='late'))"
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    strict = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "GPUSIM_STRICT": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        cwd=here.parent,
-    )
-    assert strict.stdout.strip() == expected, strict.stderr[-2000:]
+    assert_same_bits_in_any_order(lambda: results(MODE_CASES[name]))
 
 
 PINGPONG_KERNEL, COOPERATIVE_KERNEL, STORE = "GatheredTileILi64", "GatheredTileILi128", "cp.async.bulk.tensor.3d.global"
@@ -341,21 +322,8 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def noticed(m: Mutation, expected: str) -> str:
-    """How, or ''."""
-    for mode in ({"ASYNC": "late"}, *MODES):
-        name = ", ".join(f"{k}={v}" for k, v in mode.items())
-        try:
-            with mutated(m.setting, 90, **mode):
-                if digest(MODE_CASES[m.case], **mode) != expected:
-                    return f"{name}: wrong result"
-        except (SimulationError, AssertionError, RuntimeError) as error:
-            return f"{name}: {str(error).splitlines()[0][:120]}"
-    return ""
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
 def test_mutation_is_noticed(mutation: Mutation) -> None:
     needs_kernel()
-    how = noticed(mutation, digest(MODE_CASES[mutation.case]))
+    how = noticed(mutation, lambda: results(MODE_CASES[mutation.case]))
     assert how and "GPUSIM_MUTATE" not in how

@@ -6,13 +6,8 @@ operands, everything around the results, and the results before the call. Everyt
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import plain_ops
 import pytest
@@ -20,6 +15,7 @@ import torch
 from gpusim import fused
 from gpusim.harness import folder, needs_nvcc
 from gpusim.mutations import kernels_of_9_0
+from gpusim.orders import assert_same_bits_in_any_order
 from op_table import Case as OpCase
 from op_table import Inputs, Maker, layer, listed, results_and_gradients, to_double
 from torch import Tensor
@@ -68,8 +64,6 @@ SHAPES = [
 ]
 LISTS = [replace(TAILS[0], listed=True), replace(SHAPES[2], listed=True), replace(SHAPES[7], listed=True)]
 MODE_CASES = [TAILS[0], TAILS[3], SHAPES[5], replace(SHAPES[7], listed=True)]
-STRICT_CASES = [TAILS[0], TAILS[3]]
-MODES = [{"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "late", "SCHED": "2"}]
 
 
 @dataclass
@@ -206,32 +200,10 @@ def test_rows_of_one_expert_reach_no_other(gathered: str) -> None:
     assert among_nan[1::2].isnan().all()
 
 
-def digest(c: Case, **mode: str) -> str:
-    with simulated_gpu(folder(), 90, **mode):
-        out = run_kernel(c, make(c, torch.bfloat16))
-    return hashlib.sha256(out.view(torch.int16).numpy().tobytes()).hexdigest()
-
-
 @pytest.mark.parametrize("case", MODE_CASES, ids=str)
 def test_any_order_of_events(case: Case) -> None:
-    """Again, asynchronous work early, late and in between, warps in other orders: the same bits."""
     needs_kernel()
-    bits = digest(case)
-    assert [digest(case, **mode) for mode in ({}, *MODES)] == [bits] * (len(MODES) + 1)
-
-
-def test_copies_as_writes_that_need_a_fence() -> None:
-    needs_kernel()
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    strict = subprocess.run(
-        [sys.executable, "-c", "import test_gpusim_wgrad as t; print(*(t.digest(c, ASYNC='late') for c in t.STRICT_CASES))"],
-        env={**os.environ, "GPUSIM_STRICT": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        cwd=here.parent,
-    )
-    assert strict.stdout.split() == [digest(c) for c in STRICT_CASES], strict.stderr[-2000:]
+    assert_same_bits_in_any_order(lambda: [run_kernel(case, make(case, torch.bfloat16))])
 
 
 # Layers whose weight gradients gather x for the up projection and the gradient for the down projection.

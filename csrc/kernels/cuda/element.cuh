@@ -132,6 +132,14 @@ inline int compute_capability() {
   return major * 10 + minor;
 }
 
+// Of the current device; 0 when there is none.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 struct Grid {
   int64_t blocks;
   dim3 threads = kThreads;

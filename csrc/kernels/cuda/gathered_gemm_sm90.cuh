@@ -284,13 +284,6 @@ __global__ void __launch_bounds__(kGatheredThreads, 1) gathered_gemm_kernel(cons
   if constexpr (Tile::kCluster > 1) sm90::sync_cluster();  // its memory and barriers are used by the others
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // As many blocks as run at once, or as there are tiles, of kernel(p).
 template <class Tile, class Epilogue, class Params>
 Status launch_blocks(void (*kernel)(Params), const Params& p, int64_t tiles, const Launch& launch) {

@@ -45,12 +45,10 @@ __global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out
   }
 }
 
-// Even: CUTLASS launches as many blocks, and those of the cooperative kernels come in clusters of two.
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count < 2 ? 2 : count / 2 * 2;
+// CUTLASS launches as many blocks, and those of the cooperative kernels come in clusters of two.
+int even_multiprocessors() {
+  const int count = multiprocessors();
+  return count < 2 ? count * 2 : count / 2 * 2;
 }
 
 int64_t copied_bytes(const Rows& rows, int64_t S, int64_t width) { return rows.row_to_slot ? S * width * kElement : 0; }
@@ -86,12 +84,14 @@ Status multiply(const GemmOperands& o, const int32_t* expert_offsets, int64_t E,
 
 }  // namespace
 
-int64_t sm90_workspace_bytes(const GroupedMmParams& p) { return sm90_workspace(p.E, multiprocessors(), copied_bytes(p.x, p.S, p.K)).bytes; }
-int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) { return sm90_workspace(p.E, multiprocessors(), 0).bytes; }
+int64_t sm90_workspace_bytes(const GroupedMmParams& p) {
+  return sm90_workspace(p.E, even_multiprocessors(), copied_bytes(p.x, p.S, p.K)).bytes;
+}
+int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) { return sm90_workspace(p.E, even_multiprocessors(), 0).bytes; }
 
 Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* workspace, const Launch& launch) {
   char* base = static_cast<char*>(workspace);
-  const int sms = multiprocessors();
+  const int sms = even_multiprocessors();
   const bool n_major = p.weight.stride_k != 1;
   const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.x, p.S, p.K));
   GemmOperands o;
@@ -112,7 +112,7 @@ Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* worksp
 // Of rows in place: GemmKernel::kSm90Gather has the others.
 Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {
   char* base = static_cast<char*>(workspace);
-  const int sms = multiprocessors();
+  const int sms = even_multiprocessors();
   const Sm90Workspace w = sm90_workspace(p.E, sms, 0);
   GemmOperands o;
   o.wgrad = true;

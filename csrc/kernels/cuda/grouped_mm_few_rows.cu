@@ -315,13 +315,6 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows_kernel(Params p, Blocks 
   } while (blocks.has_next(tile++));
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <class T, Major major, class Params>
 Status launch_blocks(const Params& p, int64_t output_tiles, const Launch& launch) {
   const int64_t row_tiles = RowTiles(nullptr, p.S, p.E, kFewRows).count();
