@@ -23,9 +23,9 @@ from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
 from moe_ext import functional, testing
-from moe_ext.demo import peak_bytes
+from moe_ext.cli.demo import peak_bytes
 from moe_ext.experts import ExpertWeights
-from moe_ext.integrations.bitsandbytes import DenseCache, Quantized4bit, read
+from moe_ext.integrations.run.bitsandbytes import DenseCache, Quantized4bit, read
 
 LOOP, RECOMPUTE, CACHE = "bitsandbytes, ModuleList loop", "moe_ext, recompute", "moe_ext, cache"
 NAMES = (LOOP, RECOMPUTE, CACHE)

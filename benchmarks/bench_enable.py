@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import moe_ext
-from moe_ext.integrations import patch, stacked
+from moe_ext.integrations.run import decorated, patch
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, EXPERTS = 48, 128
@@ -43,8 +43,8 @@ def guard_microseconds(model: torch.nn.Module, rounds: int = 9, calls: int = 200
     for module in model.modules():
         for one in patch.patches_of(module).values():
             return 1e6 * _median(lambda one=one, module=module: one.cut.reader.read(module, x), rounds, calls)
-        if stacked.plan_of(module) is not None:
-            return 1e6 * _median(lambda module=module: stacked._read_adapted(module, x), rounds, calls)
+        if decorated.plan_of(module) is not None:
+            return 1e6 * _median(lambda module=module: decorated._read_adapted(module, x), rounds, calls)
     raise RuntimeError("nothing is enabled")
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import functional, testing
-from moe_ext.demo import peak_bytes
+from moe_ext.cli.demo import peak_bytes
 from moe_ext.experts import ExpertWeights
-from moe_ext.integrations.peft import project, unwrap
+from moe_ext.integrations.run.peft import project, unwrap
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAIRS = {"moe_ext, stacked": "PEFT, grouped_mm", "moe_ext, listed": "PEFT, ModuleList loop"}

@@ -18,8 +18,8 @@ try:
     from . import ops as ops  # loads the libraries: first
     from . import reference as reference
     from . import testing as testing
-    from .auto import auto
-    from .enable import disable, enable, explain, patched, register
+    from ._auto import auto
+    from ._enable import disable, enable, explain, patched, register
     from .experts import ExpertSpec, ExpertWeights
     from .functional import grouped_experts
     from .modules import GroupedExperts

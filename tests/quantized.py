@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_ext.integrations import bitsandbytes as ours
+from moe_ext.integrations.run import bitsandbytes as ours
 from moe_ext.testing import assert_accurate
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install bitsandbytes)")

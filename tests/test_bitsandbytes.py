@@ -27,7 +27,7 @@ from quantized import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from moe_ext.integrations import bitsandbytes as ours
+from moe_ext.integrations.run import bitsandbytes as ours
 
 
 def refused(linears: Any, like: Tensor | None = None) -> str:

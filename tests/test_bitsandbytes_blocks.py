@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from moe_ext import functional
 from moe_ext.experts import ExpertWeights
-from moe_ext.integrations import bitsandbytes as ours
+from moe_ext.integrations.run import bitsandbytes as ours
 from moe_ext.testing import assert_accurate
 
 EXPERT_BYTES = 48 * 64 * 4

@@ -15,7 +15,7 @@ from quantized import Linear4bit, check, dense, exact_copy, pack_for_cpu, quanti
 from torch import Tensor, nn
 
 import moe_ext
-from moe_ext.integrations import bitsandbytes as ours
+from moe_ext.integrations.run import bitsandbytes as ours
 from moe_ext.testing import assert_accurate
 
 PROJECTIONS = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import _command, doctor
-from moe_ext.cli import main
+from moe_ext.cli import command, doctor
+from moe_ext.cli.main import main
 
 PACKAGE = Path(moe_ext.__file__).parent
 
@@ -41,8 +41,8 @@ def process(*args: str, cwd: Path | None = None, **environment: str) -> subproce
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    real = _command.find_spec
-    monkeypatch.setattr(_command, "find_spec", lambda name: None if name == package else real(name))
+    real = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == package else real(name))
 
 
 # demo
@@ -52,7 +52,7 @@ def check_plot(path: Path) -> None:
     """Decodes the image: a plot has a background, and lines of both runs' colours wherever it likes."""
     from matplotlib import colors, image
 
-    from moe_ext.demo import COLORS
+    from moe_ext.cli.demo import COLORS
 
     pixels = torch.from_numpy(image.imread(path)[..., :3].copy())
     height, width, _ = pixels.shape
@@ -136,7 +136,7 @@ def test_demo_refuses_an_output_it_cannot_write_before_it_trains(tmp_path: Path,
 
 
 def test_curves_agree_up_to_rounding_only() -> None:
-    from moe_ext.demo import EARLY_LIMIT, EARLY_STEPS, LATE_LIMIT, agreement
+    from moe_ext.cli.demo import EARLY_LIMIT, EARLY_STEPS, LATE_LIMIT, agreement
 
     steps = 4 * EARLY_STEPS
     curve = [5.0 * 0.99**i for i in range(steps)]
@@ -155,7 +155,7 @@ def test_curves_agree_up_to_rounding_only() -> None:
 
 
 def test_demo_text_is_this_pythons_sources() -> None:
-    from moe_ext.demo import standard_library_text
+    from moe_ext.cli.demo import standard_library_text
 
     text, files = standard_library_text(200_000)
     assert len(text) == 200_000 and files > 1
@@ -226,14 +226,14 @@ def test_doctor_tells_what_the_cpu_library_lacks(tmp_path: Path) -> None:
     done = process("-m", "moe_ext", "doctor", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "moe_ext does not work here: libmoe_cpu.so is missing" in done.stdout
-    for command in (["demo"], ["explain", "."]):
-        done = process("-m", "moe_ext", *command, cwd=tmp_path)
+    for arguments in (["demo"], ["explain", "."]):
+        done = process("-m", "moe_ext", *arguments, cwd=tmp_path)
         assert done.returncode in (1, 2) and "Traceback" not in done.stderr
         assert done.returncode == 2 or "libmoe_cpu.so is missing" in done.stderr
 
 
 def test_doctor_imports_no_model_library() -> None:
-    done = process("-c", "import sys; from moe_ext.cli import main; main(['doctor']); assert 'transformers' not in sys.modules")
+    done = process("-c", "import sys; from moe_ext.cli.main import main; main(['doctor']); assert 'transformers' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,7 @@ from models import BOTH, build, enable_within_the_error_rule, expert_blocks, log
 from torch import nn
 
 import moe_ext
-from moe_ext.integrations.module_list import Listed
+from moe_ext.integrations.run.listed import Listed
 
 pytestmark = [pytest.mark.tf4, needs_tf4]
 

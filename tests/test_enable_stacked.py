@@ -11,7 +11,8 @@ from models import EXPERTS, Holder, build, build_experts, enable_within_the_erro
 
 import moe_ext
 from moe_ext import reference
-from moe_ext.integrations import detect, stacked
+from moe_ext.integrations.find import modules
+from moe_ext.integrations.run import decorated
 from moe_ext.testing import assert_accurate
 
 pytestmark = needs_tf5
@@ -28,7 +29,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_formula_is_recognised(family: str) -> None:
-    found = detect.stacked(build_experts(family))
+    found = modules.stacked(build_experts(family))
     assert found.reason is None and found.formula is not None
     assert found.formula.path == PATHS.get(family, "fused")
     for name, value in FORMULAS.get(family, {"activation": "silu", "gated": True, "limit": None, "transposed": False}).items():
@@ -46,7 +47,7 @@ def test_experts_obey_the_error_rule(family: str, dtype: torch.dtype, training: 
     before = module(x, index, w)
     report = moe_ext.enable(Holder(module), strict=True)
     assert report.enabled_count == 1 and report.blocks[0].path == PATHS.get(family, "fused")
-    weights, spec = stacked.read_weights(module), detect.stacked(module).formula.resolve(module)
+    weights, spec = decorated.read_weights(module), modules.stacked(module).formula.resolve(module)
 
     def measure(compute, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w.to(torch.float64 if dtype == torch.float64 else torch.float32))]
@@ -110,7 +111,7 @@ def test_fallback_says_why_and_gives_the_previous_result() -> None:
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger("moe_ext").addHandler(handler)
     try:
-        stacked.plan_of(module).reason = "of this test"
+        decorated.plan_of(module).reason = "of this test"
         for _ in range(2):
             assert torch.equal(module(x, index, w), before)
     finally:
@@ -119,10 +120,10 @@ def test_fallback_says_why_and_gives_the_previous_result() -> None:
 
 
 def test_dtensor_and_meta_and_other_dtypes_are_not_touched() -> None:
-    weights = stacked.read_weights(build_experts("mixtral"))
-    assert stacked._unusable(weights, torch.zeros(1, 32)) is None
-    assert "float32" in stacked._unusable(weights, torch.zeros(1, 32, dtype=torch.bfloat16))
-    assert "meta" in stacked._unusable(stacked.read_weights(build_experts("mixtral").to("meta")), torch.zeros(1, 32))
+    weights = decorated.read_weights(build_experts("mixtral"))
+    assert decorated._unusable(weights, torch.zeros(1, 32)) is None
+    assert "float32" in decorated._unusable(weights, torch.zeros(1, 32, dtype=torch.bfloat16))
+    assert "meta" in decorated._unusable(decorated.read_weights(build_experts("mixtral").to("meta")), torch.zeros(1, 32))
 
 
 def test_autocast_returns_the_dtype_of_the_input() -> None:
@@ -132,9 +133,9 @@ def test_autocast_returns_the_dtype_of_the_input() -> None:
     moe_ext.enable(Holder(module))
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x, index, w)
-        plain = stacked.run_implementation(module, "eager", x, index, w)
+        plain = decorated.run_implementation(module, "eager", x, index, w)
     assert out.dtype == plain.dtype == torch.float32
-    weights, spec = stacked.read_weights(module), detect.stacked(module).formula.resolve(module)
+    weights, spec = decorated.read_weights(module), modules.stacked(module).formula.resolve(module)
     assert_accurate(out, plain, reference.grouped_experts(x.double(), index, w.double(), weights, spec))
 
 
@@ -156,7 +157,7 @@ def test_skipped_neighbour_keeps_its_implementation() -> None:
     report = moe_ext.enable(model)
     assert [b.enabled for b in report.blocks] == [True, False]
     assert "not finite" in report.blocks[1].reason and report.blocks[1].path == "original"
-    assert stacked.is_enabled(first) and not stacked.is_enabled(second)
+    assert decorated.is_enabled(first) and not decorated.is_enabled(second)
     assert (
         torch.equal(
             second(torch.ones(3, 32), *routing(3, 8)),
@@ -168,7 +169,7 @@ def test_skipped_neighbour_keeps_its_implementation() -> None:
         moe_ext.disable(model)
         moe_ext.enable(model, strict=True)
     assert len(error.value.report.skipped) == 1
-    assert model.get_experts_implementation() == {"": "grouped_mm"} and stacked.plan_of(first) is None
+    assert model.get_experts_implementation() == {"": "grouped_mm"} and decorated.plan_of(first) is None
 
 
 def test_compiled_model_has_one_graph_and_the_same_values() -> None:

@@ -20,11 +20,13 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 RANKS = {
     "experts": 0, "_needs": 0, "testing": 0, "reference": 1, "report": 1,
     "_autograd": 2, "_fake": 2, "ops": 3, "functional": 4, "modules": 5,
-    "integrations.versions": 5, "integrations.fallback": 5, "integrations.quiet": 5, "integrations.routing": 5,
-    "integrations.formulas": 6, "integrations.loops": 6, "integrations.parameters": 6,
-    "integrations.module_list": 8, "integrations.patch": 9, "integrations.detect": 9, "integrations.search": 10, "integrations.stacked": 10,
-    "prove.rule": 10, "prove.call": 11, "prove.loop": 11, "prove.__init__": 12, "enable": 13, "auto": 14,
-    "__init__": 15, "_command": 16, "doctor": 17, "demo": 17, "cli": 18, "__main__": 19,
+    "integrations.__init__": 5, "integrations.run.__init__": 5, "integrations.find.__init__": 5,
+    "integrations.transformers_facts": 5, "integrations.usable": 5, "integrations.sandbox": 5, "integrations.run.routing": 5,
+    "integrations.formulas": 6, "integrations.run.loop_rewrite": 6, "integrations.run.stacks": 6,
+    "integrations.run.listed": 8, "integrations.run.patch": 9, "integrations.find.modules": 9, "integrations.find.candidates": 10,
+    "integrations.run.decorated": 10,
+    "prove.rule": 10, "prove.call": 11, "prove.loop": 11, "prove.__init__": 12, "_enable": 13, "_auto": 14,
+    "__init__": 15, "cli.__init__": 15, "cli.command": 16, "cli.doctor": 17, "cli.demo": 17, "cli.main": 18, "__main__": 19,
 }  # fmt: skip
 INTEGRATION = 7  # every other module of integrations, one library each: they do not import one another
 DATA_ONLY = {"experts": set(), "reference": {"experts"}, "testing": set()}  # stand beside: they import nothing of the rest

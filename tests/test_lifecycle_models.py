@@ -19,8 +19,8 @@ from models import BOTH, build, enable_within_the_error_rule, expert_blocks, in_
 from torch import nn
 
 import moe_ext
-from moe_ext.auto import auto
-from moe_ext.integrations import patch, stacked
+from moe_ext._auto import auto
+from moe_ext.integrations.run import decorated, patch
 from moe_ext.testing import assert_accurate
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'moe-ext[hf]')")
@@ -31,7 +31,7 @@ BLOCKS = 2
 
 
 def is_enabled(module: nn.Module) -> bool:
-    return stacked.is_enabled(module) if stacked.plan_of(module) else patch.is_enabled(module)
+    return decorated.is_enabled(module) if decorated.plan_of(module) else patch.is_enabled(module)
 
 
 def enabled_blocks(model: nn.Module) -> int:
@@ -77,7 +77,7 @@ def test_T89_auto_of_auto_is_one_auto(checkpoint: Path) -> None:
 def test_auto_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     original = moe_ext.enable
-    monkeypatch.setattr(sys.modules["moe_ext.auto"], "enable", lambda model, **options: seen.append(options) or original(model, **options))
+    monkeypatch.setattr(sys.modules["moe_ext._auto"], "enable", lambda model, **options: seen.append(options) or original(model, **options))
     auto(lambda: build("olmoe"), strict=True, prove=False)()
     auto(lambda: build("olmoe"))()
     assert seen == [{"strict": True, "prove": False}, {"strict": False, "prove": True}]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moe_ext import functional, ops, reference
 from moe_ext.experts import ExpertSpec, ExpertWeights, Projection
-from moe_ext.integrations.peft import LoraProjection, LowRank, project, sum_adapters, unwrap
+from moe_ext.integrations.run.peft import LoraProjection, LowRank, project, sum_adapters, unwrap
 from moe_ext.testing import assert_accurate
 
 ALL = list(PROJECTIONS)

@@ -23,8 +23,8 @@ from models import Holder, build, build_experts, in_float64, logits_and_gradient
 from torch import Tensor, nn
 
 import moe_ext
-from moe_ext.integrations import peft as ours
-from moe_ext.integrations import stacked
+from moe_ext.integrations.run import decorated
+from moe_ext.integrations.run import peft as ours
 from moe_ext.testing import assert_accurate
 
 pytestmark = needs_tf5
@@ -49,7 +49,7 @@ def run(model: nn.Module, x: Tensor, index: Tensor, w: Tensor) -> Tensor:
     return held.experts_of_mine(x, index, w)
 
 
-def decorated(model: nn.Module) -> list[Any]:
+def decorated_experts(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "down_proj")]
 
 
@@ -61,7 +61,7 @@ def truth_of(model: nn.Module) -> dict[str, Tensor]:
     """Of PEFT's own code in float64: a copy that was never enabled."""
     exact = exact_copy(model)
     moe_ext.disable(exact)
-    for experts in decorated(exact):
+    for experts in decorated_experts(exact):
         experts.config = copy.deepcopy(experts.config)
         experts.config._experts_implementation = "eager"
     return outputs_and_gradients(exact, run, torch.float64)
@@ -215,7 +215,7 @@ def test_T86_nothing_is_bound_to_a_wrapper_and_names_are_those_of_the_experts() 
     logits_and_gradients(model, tokens())
     assert {wrapper: dict(vars(wrapper)) for wrapper in wrappers(model)} == before and len(before) == 4
     assert [type(m) for m in model.modules()] == classes
-    assert not any("pending" in name for experts in decorated(model) for name in vars(experts))
+    assert not any("pending" in name for experts in decorated_experts(model) for name in vars(experts))
     moe_ext.disable(model)
     assert {wrapper: dict(vars(wrapper)) for wrapper in wrappers(model)} == before
 
@@ -373,8 +373,8 @@ def test_a_skipped_neighbour_keeps_its_adapters() -> None:
     model = with_lora(build("qwen3_moe"))
     before = model(tokens()).logits
     moe_ext.enable(model, strict=True)
-    for experts in decorated(model):
-        stacked.plan_of(experts).reason = "of this test"
+    for experts in decorated_experts(model):
+        decorated.plan_of(experts).reason = "of this test"
     assert torch.equal(model(tokens()).logits, before)
 
 
@@ -401,12 +401,12 @@ def test_T87_adapters_are_never_dropped_in_silence(monkeypatch: pytest.MonkeyPat
     x, (index, w) = torch.randn(12, 32), routing(12, 5)
     before = run(model, x, index, w)
     moe_ext.enable(model, strict=True)
-    experts = decorated(model)[0]
-    experts.forward = lambda *args: stacked.run_implementation(experts, "eager", *args)  # someone's own forward
+    experts = decorated_experts(model)[0]
+    experts.forward = lambda *args: decorated.run_implementation(experts, "eager", *args)  # someone's own forward
     assert torch.equal(run(model, x, index, w), before)
     del experts.forward
-    registry = stacked.versions.experts_registry()
-    monkeypatch.setitem(registry._global_mapping, stacked.IMPLEMENTATION, lambda module, x, *routing: x)
+    registry = decorated.transformers_facts.experts_registry()
+    monkeypatch.setitem(registry._global_mapping, decorated.IMPLEMENTATION, lambda module, x, *routing: x)
     with pytest.raises(RuntimeError, match=r"did not run moe_ext, which was to apply its adapters \['default'\]"):
         run(model, x, index, w)
 

@@ -21,7 +21,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import moe_ext
 from moe_ext import functional
-from moe_ext.integrations import fallback, patch
+from moe_ext.integrations import usable
+from moe_ext.integrations.run import patch
 from moe_ext.testing import assert_accurate
 
 pytestmark = pytest.mark.tf4
@@ -40,7 +41,7 @@ def ours(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> I
         return original(*args, **kwargs)
 
     monkeypatch.setattr(functional, "grouped_experts", counted)
-    fallback._log_once.cache_clear()
+    usable._log_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="moe_ext")
     yield calls
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moe_ext
 from moe_ext import functional
-from moe_ext.integrations import fallback
+from moe_ext.integrations import usable
 from moe_ext.testing import assert_accurate
 
 pytestmark = [pytest.mark.tf4, pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")]
@@ -119,7 +119,7 @@ def process(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
         return original(*args, **kwargs)
 
     functional.grouped_experts = counted  # type: ignore[assignment]
-    fallback._log_once = reasons.append  # type: ignore[assignment]
+    usable._log_once = reasons.append  # type: ignore[assignment]
     for name, order in cases:
         check(rank, name, order, calls, reasons)
     dist.destroy_process_group()

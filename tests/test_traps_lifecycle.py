@@ -34,14 +34,14 @@ from models import (
 from torch import nn
 
 import moe_ext
-from moe_ext.integrations import patch, stacked
+from moe_ext.integrations.run import decorated, patch
 from moe_ext.testing import assert_accurate
 
 pytestmark = pytest.mark.tf4
 
 
 def is_enabled(module: nn.Module) -> bool:
-    return stacked.is_enabled(module) if stacked.plan_of(module) else patch.is_enabled(module)
+    return decorated.is_enabled(module) if decorated.plan_of(module) else patch.is_enabled(module)
 
 
 def logits(model: nn.Module, seed: int = 0) -> torch.Tensor:

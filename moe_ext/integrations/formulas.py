@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..experts import ACTIVATIONS, ExpertSpec
-from . import versions
-from .quiet import undisturbed
+from . import transformers_facts
+from .sandbox import undisturbed
 
 #: Two functions are the same when they differ by less than this, relative to 1 + |value|, in float64: below the rounding of
 #: float32, and above what a constant written with ten digits makes (the tanh forms of GELU differ by 4e-12).
@@ -45,7 +45,7 @@ class Formula:
 def own_formula(module: nn.Module) -> Formula:
     """The formula that leaves gate, activation and norm to a decorated module: right for each of them, and never fused."""
     gated, transposed, concatenated, post_norm = (
-        versions.flag(module, name) for name in ("has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm")
+        transformers_facts.flag(module, name) for name in ("has_gate", "is_transposed", "is_concatenated", "has_post_expert_norm")
     )
     spec = ExpertSpec(gated=gated, transposed=transposed, interleaved=gated and not concatenated)
     return Formula(spec, own_gate=True, own_post_norm=post_norm)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..experts import ExpertWeights
-from ..integrations import bitsandbytes, search, stacked
-from ..integrations.detect import Found, grouped_linears
-from ..integrations.parameters import is_meta
-from ..integrations.patch import Cut, Experts
-from ..integrations.quiet import frozen, undisturbed
+from ..integrations.find import candidates
+from ..integrations.find.modules import Found, grouped_linears
+from ..integrations.run import bitsandbytes, decorated
+from ..integrations.run.patch import Cut, Experts
+from ..integrations.run.stacks import is_meta
+from ..integrations.sandbox import frozen, undisturbed
 from .call import prove_call, prove_linear
 from .loop import prove_loop
 from .rule import (
@@ -47,11 +48,11 @@ META = "could not be proven: its weights are on the meta device"
 
 
 # -------------------------------------------------------------------------------------------------------------- decorated experts
-def prove_decorated(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
+def prove_decorated(module: nn.Module, plan: decorated.StackedPlan) -> Proof:
     """Old is the loop that the class was written with."""
     assert plan.formula is not None
     with undisturbed(module):
-        weights = stacked.read_weights(module)
+        weights = decorated.read_weights(module)
         trainable = any(t.requires_grad for t in weights.tensors())
         if is_meta(weights):
             return Proof(META)
@@ -74,7 +75,7 @@ def prove_decorated(module: nn.Module, plan: stacked.StackedPlan) -> Proof:
             return reference.grouped_experts(a, index, b, some, spec)
 
         with frozen(module):
-            old = by(like.dtype, lambda a, b: stacked.run_implementation(module, None, a, everywhere, b))
+            old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b))
         new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec))
         proof = judge(old, new, by(like.dtype, formula), by(torch.float64, formula), terms=hidden + inner)
         if proof.reason is not None or not trainable:
@@ -107,20 +108,20 @@ def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], P
 
 def _search(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], Proof]:
     try:
-        places = search.places(found, 8 * TOKENS)
+        places = candidates.places(found, 8 * TOKENS)
         cuts: list[Cut] = []
         whole = Proof()
         for place in places:
-            known: list[Cut] = [search.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
+            known: list[Cut] = [candidates.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
             one, proof = _first(iter(known), partial(_prove_place, found, place=place, first=False))
             if not one:
-                one, proof = _first(search.candidates(found, place), partial(_prove_place, found, place=place, first=True))
+                one, proof = _first(candidates.candidates(found, place), partial(_prove_place, found, place=place, first=True))
             whole.figures |= proof.figures
             if proof.reason is not None:
                 return [], Proof(proof.reason, whole.figures)
             cuts += one
         return cuts, whole
-    except search.NotFound as error:
+    except candidates.NotFound as error:
         return [], Proof(str(error))
 
 
@@ -135,7 +136,7 @@ def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[li
     return [], reason or Proof("no layout and no routing that could be proven fits its shapes")
 
 
-def _prove_place(found: Found, cut: Experts, place: search.Place, first: bool) -> Proof:
+def _prove_place(found: Found, cut: Experts, place: candidates.Place, first: bool) -> Proof:
     # Where it cannot be read in one mode, as with adapters that drop out in training, its own code runs in that mode.
     seen = {mode: _read(found, cut, mode) for mode in place.modes}
     readable = tuple(mode for mode, weights in seen.items() if isinstance(weights, ExpertWeights))
@@ -163,7 +164,7 @@ def prove_linears(found: Found) -> tuple[list[Cut], Proof]:
     cuts: list[Cut] = []
     whole = Proof()
     for name, module in grouped_linears(found.module).items():
-        one, proof = _first(search.linear_candidates(name, module), partial(prove_linear, module))
+        one, proof = _first(candidates.linear_candidates(name, module), partial(prove_linear, module))
         whole.figures |= {f"{name}: {quantity}": report for quantity, report in proof.figures.items()}
         if proof.reason is not None:
             return [], Proof(f"{name}: {proof.reason}", whole.figures)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from ..experts import ExpertWeights
-from ..integrations import search
-from ..integrations.detect import Found
-from ..integrations.patch import Experts, Linear, offsets
-from ..integrations.quiet import frozen, replaced, same_random
-from ..integrations.routing import Routing
+from ..integrations.find import candidates
+from ..integrations.find.modules import Found
+from ..integrations.run.patch import Experts, Linear, offsets
+from ..integrations.run.routing import Routing
+from ..integrations.sandbox import frozen, replaced, same_random
 from .rule import Proof, Results, count_of, detached, enlarged, gradients, judge, normal, plain_in, sizes_of, zeros_for_none
 
 
-def prove_call(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
+def prove_call(found: Found, cut: Experts, place: candidates.Place, weights: ExpertWeights, first: bool) -> Proof:
     """A method that receives the routing: its own result against the formula, on random rows and routing in the form it expects.
 
     first: of the first module of a class also the output of all experts, and on large hidden states.

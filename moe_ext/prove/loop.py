@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from .. import functional, reference
 from ..experts import ExpertWeights
-from ..integrations import search
-from ..integrations.detect import Found
-from ..integrations.patch import Experts, Refusal
-from ..integrations.quiet import frozen, replaced, same_random
+from ..integrations.find import candidates
+from ..integrations.find.modules import Found
+from ..integrations.run.patch import Experts, Refusal
+from ..integrations.sandbox import frozen, replaced, same_random
 from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, plain_in, sizes_of, subset
 
 
-def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertWeights, first: bool) -> Proof:
+def prove_loop(found: Found, cut: Experts, place: candidates.Place, weights: ExpertWeights, first: bool) -> Proof:
     """A whole block, in each mode that reaches the loop: all it returns, what it writes into itself, the random numbers it draws, and the
     gradients of the input, of its other parameters (router, shared experts) and of the busiest experts.
 
@@ -41,7 +41,7 @@ def prove_loop(found: Found, cut: Experts, place: search.Place, weights: ExpertW
 class _Block:
     """One block and the ways to run it on the same tokens."""
 
-    def __init__(self, found: Found, cut: Experts, place: search.Place, weights: ExpertWeights) -> None:
+    def __init__(self, found: Found, cut: Experts, place: candidates.Place, weights: ExpertWeights) -> None:
         self.found, self.cut, self.block = found, cut, found.module
         self.standins = frozen(self.block)
         self.rest = (None,) * place.nones

@@ -17,8 +17,9 @@ from torch import nn
 
 from . import prove as proofs
 from .experts import ExpertWeights
-from .integrations import bitsandbytes, detect, module_list, patch, stacked
-from .integrations.fallback import DISABLE_VARIABLE, disabled_by_environment
+from .integrations.find import modules
+from .integrations.run import bitsandbytes, decorated, listed, patch
+from .integrations.usable import DISABLE_VARIABLE, disabled_by_environment
 from .report import BlockReport, EnableError, EnableReport, NoExpertsFound
 
 #: Proofs compare what is drawn from the global random generators, which belong to the whole process.
@@ -29,9 +30,9 @@ _ONE_AT_A_TIME = threading.RLock()
 class _Candidate:
     """A set of experts on its way into the report, with what `_apply` needs."""
 
-    found: detect.Found
+    found: modules.Found
     report: BlockReport
-    plan: stacked.StackedPlan | None = None
+    plan: decorated.StackedPlan | None = None
     cuts: list[patch.Cut] = field(default_factory=list)
 
 
@@ -41,7 +42,7 @@ def register() -> None:
     Needs transformers >= 5, else raises ImportError. `enable` registers by itself, and proves what it enables; experts that are only
     given the name are detected at their first forward and not proven.
     """
-    stacked.register()
+    decorated.register()
 
 
 def enable(
@@ -99,7 +100,7 @@ def disable(model: nn.Module) -> int:
 
     An implementation chosen, or a forward wrapped around ours, since then stays.
     """
-    return sum(stacked.revert(m) + patch.revert(m) for m in list(model.modules()))
+    return sum(decorated.revert(m) + patch.revert(m) for m in list(model.modules()))
 
 
 def explain(model: nn.Module) -> EnableReport:
@@ -115,7 +116,7 @@ def explain(model: nn.Module) -> EnableReport:
 @contextlib.contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
     """`enable(model, **options)` for the length of a `with` statement; what was enabled before stays enabled."""
-    before = {m for m in model.modules() if stacked.is_enabled(m) if stacked.plan_of(m) is not None}
+    before = {m for m in model.modules() if decorated.is_enabled(m) if decorated.plan_of(m) is not None}
     before |= {m for m in model.modules() if patch.is_enabled(m)}
     report = enable(model, **options)
     try:
@@ -123,14 +124,14 @@ def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
     finally:
         for m in list(model.modules()):
             if m not in before:
-                stacked.revert(m)
+                decorated.revert(m)
                 patch.revert(m)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- in steps
 def _examine(model: nn.Module) -> list[_Candidate]:
     candidates = []
-    for found in detect.find(model):
+    for found in modules.find(model):
         report = BlockReport(found.name, type(found.module).__name__, found.layout, reason=found.reason)
         if found.reason is None:
             fused = found.kind != "linear" and not found.adapted and (found.formula is None or found.formula.path == "fused")
@@ -144,7 +145,7 @@ def _examine(model: nn.Module) -> list[_Candidate]:
 def _reject_shared_configs(candidates: list[_Candidate]) -> None:
     """Experts with a registry of their own do not know our name: where they share a config with others, none can be switched."""
     foreign = {
-        id(c.found.module.config): c for c in candidates if c.found.kind == "decorated" and not stacked.can_share_config(c.found.module)
+        id(c.found.module.config): c for c in candidates if c.found.kind == "decorated" and not decorated.can_share_config(c.found.module)
     }
     for c in candidates:
         if c.found.kind == "decorated" and c.found.formula is not None and id(c.found.module.config) in foreign:
@@ -157,9 +158,9 @@ def _require_experts(model: nn.Module, candidates: list[_Candidate]) -> None:
         raise NoExpertsFound(type(model).__name__, [c.report for c in candidates], sum(1 for _ in model.modules()))
 
 
-def _is_enabled(found: detect.Found) -> bool:
+def _is_enabled(found: modules.Found) -> bool:
     return (
-        stacked.is_enabled(found.module)
+        decorated.is_enabled(found.module)
         if found.kind == "decorated"
         else any(map(patch.is_enabled, (found.module, *found.module.children())))
     )
@@ -174,7 +175,7 @@ def _plan(candidates: list[_Candidate], prove: bool, quantized: str, recompute: 
             continue
         if found.kind == "decorated":
             formula = found.formula.with_recompute(recompute) if found.formula is not None else None
-            c.plan = stacked.StackedPlan(formula, previous=stacked.previous_implementation(found.module), proven=prove)
+            c.plan = decorated.StackedPlan(formula, previous=decorated.previous_implementation(found.module), proven=prove)
             proof = proofs.attempt(proofs.prove_decorated, found.module, c.plan) if prove else proofs.Proof()
         else:
             c.cuts, proof = proofs.search_and_prove(found, known.get(type(found.module)))
@@ -183,7 +184,7 @@ def _plan(candidates: list[_Candidate], prove: bool, quantized: str, recompute: 
                 c.report.path = "composed" if any(cut.path == "composed" or not _fusable(cut, found.module) for cut in c.cuts) else "fused"
             for cut in (cut for cut in c.cuts if isinstance(cut, patch.Experts)):
                 cut.formula = cut.formula.with_recompute(recompute)
-                if quantized == "cache" and isinstance(cut.reader, module_list.Listed):
+                if quantized == "cache" and isinstance(cut.reader, listed.Listed):
                     cut.reader.cache = bitsandbytes.DenseCache()
         c.report.figures, c.report.reason = proof.figures, proof.reason
 
@@ -209,13 +210,13 @@ def _apply(candidates: list[_Candidate]) -> None:
     switched = {id(c.found.module.config) for c in stacks if c.report.reason is None}
     for c in stacks:
         if id(c.found.module.config) in switched:
-            plan = c.plan or stacked.StackedPlan(None, previous=stacked.previous_implementation(c.found.module))
+            plan = c.plan or decorated.StackedPlan(None, previous=decorated.previous_implementation(c.found.module))
             plan.reason = c.report.reason
             c.plan = plan
     for c in stacks:
-        stacked.revert(c.found.module)
+        decorated.revert(c.found.module)
         if c.plan is not None and id(c.found.module.config) in switched:
-            stacked.apply(c.found.module, c.plan)
+            decorated.apply(c.found.module, c.plan)
     for c in others:
         wanted = {(cut.child, cut.attribute) for cut in c.cuts} if c.report.reason is None else set()
         for name, child in [("", c.found.module), *c.found.module.named_children()]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 REBUILD = "pip install --no-build-isolation -e ."
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 #: The instruction sets that tell CPU kernels apart, as Linux names them.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import functional
-from ..experts import ExpertWeights
-from . import detect, formulas, peft, versions
-from .fallback import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
-from .quiet import replaced_method
+from ... import functional
+from ...experts import ExpertWeights
+from .. import formulas, transformers_facts
+from ..find import modules
+from ..sandbox import replaced_method
+from ..usable import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
+from . import peft
 
 #: The name in transformers' registry of experts implementations.
 IMPLEMENTATION = "moe_ext"
@@ -48,7 +50,7 @@ def register() -> None:
 
     Raises ImportError where transformers is missing or has no registry of experts implementations.
     """
-    registry = versions.experts_registry()
+    registry = transformers_facts.experts_registry()
     if registry.get(IMPLEMENTATION) is not experts_forward:
         type(registry).register(IMPLEMENTATION, experts_forward)
     peft.defer_activation(runs_ours)
@@ -58,7 +60,7 @@ def runs_ours(module: nn.Module, name: str) -> bool:
     """Whether a call of `module` ends in `experts_forward`, and `name` is one of the two stacks that adapters can be read for there."""
     if getattr(getattr(module, "config", None), "_experts_implementation", None) != IMPLEMENTATION:
         return False
-    if plan_of(module) is None and not (versions.is_decorated(module) and can_share_config(module)):
+    if plan_of(module) is None and not (transformers_facts.is_decorated(module) and can_share_config(module)):
         return False
     return name in stack_names(module) and replaced_method(module) is None
 
@@ -89,19 +91,19 @@ def _read_adapted(module: nn.Module, hidden_states: Tensor) -> ExpertWeights | s
     if peft.is_materialised(module):
         log_once(f"{type(module).__name__} is called with PEFT's adapters added to whole weights; moe_ext.enable(model) again groups them")
     return _unusable(weights, hidden_states) or peft.with_adapters(
-        module, weights, stack_names(module), versions.flag(module, "is_transposed")
+        module, weights, stack_names(module), transformers_facts.flag(module, "is_transposed")
     )
 
 
 def stack_names(module: nn.Module) -> tuple[str, str]:
     """The names of the two stacks of weights."""
-    return ("gate_up_proj" if versions.flag(module, "has_gate") else "up_proj", "down_proj")
+    return ("gate_up_proj" if transformers_facts.flag(module, "has_gate") else "up_proj", "down_proj")
 
 
 def read_weights(module: nn.Module) -> ExpertWeights:
     """The tensors that `module` computes with at this moment."""
     gate_up, down = stack_names(module)
-    biased = versions.flag(module, "has_bias")
+    biased = transformers_facts.flag(module, "has_bias")
     return ExpertWeights(
         gate_up_proj=getattr(module, gate_up),
         down_proj=getattr(module, down),
@@ -112,10 +114,10 @@ def read_weights(module: nn.Module) -> ExpertWeights:
 
 def run_implementation(module: nn.Module, implementation: str | None, *args: Tensor) -> Tensor:
     """Runs one of transformers' implementations; None, "eager" and our own name mean the loop the class was written with."""
-    eager = versions.eager_forward(module)
+    eager = transformers_facts.eager_forward(module)
     if implementation in (None, "eager", IMPLEMENTATION):
         return eager(module, *args)
-    return versions.implementation(module, implementation, eager)(module, *args)
+    return transformers_facts.implementation(module, implementation, eager)(module, *args)
 
 
 def plan_of(module: nn.Module) -> StackedPlan | None:
@@ -124,19 +126,19 @@ def plan_of(module: nn.Module) -> StackedPlan | None:
 
 def can_share_config(module: nn.Module) -> bool:
     """Whether a decorated module still works when its config names our implementation, even if it is skipped."""
-    return versions.registry_of(module) is versions.experts_registry() and (
-        versions.experts_implementation(module) not in versions.LOCKED_IMPLEMENTATIONS
+    return transformers_facts.registry_of(module) is transformers_facts.experts_registry() and (
+        transformers_facts.experts_implementation(module) not in transformers_facts.LOCKED_IMPLEMENTATIONS
     )
 
 
 def is_enabled(module: nn.Module) -> bool:
     plan = plan_of(module)
-    return plan is not None and plan.reason is None and versions.experts_implementation(module) == IMPLEMENTATION
+    return plan is not None and plan.reason is None and transformers_facts.experts_implementation(module) == IMPLEMENTATION
 
 
 def previous_implementation(module: nn.Module) -> str | None:
     """What `module` dispatched on before it was enabled; what it dispatches on, if it is not enabled."""
-    plan, current = plan_of(module), versions.experts_implementation(module)
+    plan, current = plan_of(module), transformers_facts.experts_implementation(module)
     return plan.previous if plan is not None and current == IMPLEMENTATION else current
 
 
@@ -144,7 +146,7 @@ def apply(module: nn.Module, plan: StackedPlan) -> None:
     register()
     plan.act_fn = type(getattr(module, "act_fn", None))
     setattr(module, _PLAN, plan)
-    versions.set_experts_implementation(module, IMPLEMENTATION)
+    transformers_facts.set_experts_implementation(module, IMPLEMENTATION)
 
 
 def revert(module: nn.Module) -> bool:
@@ -153,8 +155,8 @@ def revert(module: nn.Module) -> bool:
     if plan is None:
         return False
     delattr(module, _PLAN)
-    if versions.experts_implementation(module) == IMPLEMENTATION:
-        versions.set_experts_implementation(module, plan.previous)
+    if transformers_facts.experts_implementation(module) == IMPLEMENTATION:
+        transformers_facts.set_experts_implementation(module, plan.previous)
     return plan.reason is None
 
 
@@ -163,7 +165,7 @@ def _plan_on_first_use(module: nn.Module) -> StackedPlan:
     if torch.compiler.is_compiling():
         # The formula cannot be probed inside a graph; the module's own functions need no probing.
         return StackedPlan(formulas.own_formula(module))
-    found = detect.stacked(module)
+    found = modules.stacked(module)
     plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION, act_fn=type(getattr(module, "act_fn", None)))
     setattr(module, _PLAN, plan)
     if plan.reason is None:

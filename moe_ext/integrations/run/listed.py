@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..experts import ExpertWeights
+from ...experts import ExpertWeights
+from ..sandbox import is_hooked
 from . import bitsandbytes, peft
-from .parameters import unusable
-from .quiet import is_hooked
+from .stacks import unusable
 
 #: gate, up and down projection of one expert, by the names that model code uses; other names are told apart by the proof.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ._command import CommandError, require
+from .command import CommandError, require
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def _explain(args: argparse.Namespace) -> int:
     config = _read_config(args.checkpoint, args.trust_remote_code)
     model = _model_on_meta(config, args.trust_remote_code)
 
-    from . import NoExpertsFound, explain
+    from .. import NoExpertsFound, explain
 
     try:
         report = explain(model)

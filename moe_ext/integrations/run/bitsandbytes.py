@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..experts import Projection
-from .fallback import autocast_is_on
+from ... import ops
+from ...experts import Projection
+from ..usable import autocast_is_on
 
 #: Dense bytes that one chunk of experts may take on the CPU; a single expert may be larger. Small chunks stay in the processor's
 #: caches between being written and being read, larger ones spread over more threads.

@@ -15,16 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import functional, ops
-from ..experts import ExpertSpec, ExpertWeights
-from . import loops
-from .fallback import DISABLE_VARIABLE, disabled_by_environment, log_once
-from .formulas import Formula
-from .loops import Loop
-from .module_list import Listed
-from .parameters import Reader, unusable
-from .quiet import OUR_PATCHES
+from ... import functional, ops
+from ...experts import ExpertSpec, ExpertWeights
+from ..formulas import Formula
+from ..sandbox import OUR_PATCHES
+from ..usable import DISABLE_VARIABLE, disabled_by_environment, log_once
+from . import loop_rewrite
+from .listed import Listed
+from .loop_rewrite import Loop
 from .routing import Routing
+from .stacks import Reader, unusable
 
 Compute = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
 
@@ -74,7 +74,7 @@ class Experts:
             return experts(values)
         if self._method is None or self._method[0] is not type(module):  # kept here, where a compiler sees it without making it anew
             assert isinstance(self.reader, Listed)
-            self._method = type(module), loops.without(type(module), self.attribute, self.reader.container, self.loop, self.routing)
+            self._method = type(module), loop_rewrite.without(type(module), self.attribute, self.reader.container, self.loop, self.routing)
         return self._method[1](module, *args, **kwargs, experts=experts)
 
     def compute(self, module: nn.Module, weights: ExpertWeights, compute: Compute, values: Mapping[str, Any]) -> Tensor:
@@ -84,7 +84,7 @@ class Experts:
         if self.routing.beyond == "returned":
             returned = w.masked_fill(index < weights.num_experts, 0).sum(dim=-1, keepdim=True)
             out = out + x * returned.to(x.dtype)
-        return loops.like_result(out, index, values, self.routing, self.loop)
+        return loop_rewrite.like_result(out, index, values, self.routing, self.loop)
 
 
 @dataclass

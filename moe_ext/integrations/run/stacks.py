@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..experts import ExpertSpec, ExpertWeights
-from .fallback import autocast_is_on
+from ...experts import ExpertSpec, ExpertWeights
+from ..usable import autocast_is_on
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .enable import enable
+from ._enable import enable
 from .report import EnableReport, NoExpertsFound
 
 _Loader = TypeVar("_Loader", bound=Callable[..., Any])

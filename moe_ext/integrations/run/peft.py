@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..experts import ExpertWeights, Projection
-from .quiet import is_hooked
+from ... import ops
+from ...experts import ExpertWeights, Projection
+from ..sandbox import is_hooked
 
 
 # --------------------------------------------------------------------------------------------------- facts about versions of PEFT

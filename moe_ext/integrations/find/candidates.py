@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bitsandbytes, loops, module_list, parameters
-from .detect import Found, linears
-from .formulas import Formula, plain_candidates
-from .module_list import PROJECTION_NAMES, Listed
-from .parameters import Reader
-from .patch import Cut, Experts, Linear, parameters_of
-from .quiet import frozen, same_random
-from .routing import Routing, readings
+from ..formulas import Formula, plain_candidates
+from ..run import bitsandbytes, listed, loop_rewrite, stacks
+from ..run.listed import PROJECTION_NAMES, Listed
+from ..run.patch import Cut, Experts, Linear, parameters_of
+from ..run.routing import Routing, readings
+from ..run.stacks import Reader
+from ..sandbox import frozen, same_random
+from .modules import Found, linears
 
 
 class NotFound(Exception):
@@ -82,11 +82,13 @@ def candidates(found: Found, place: Place) -> Iterator[Cut]:
     for hidden in _hidden_sizes(found):
         for reader, formulas in _weights(found, hidden):
             count = experts or _experts_of(reader, found)
-            ways: list[tuple[loops.Loop | None, Routing]]
+            ways: list[tuple[loop_rewrite.Loop | None, Routing]]
             if place.loop is None:
                 ways = [(None, r) for r in readings(place.values, hidden, count, identity)]
             else:
-                ways = list(loops.candidates(cls, place.attribute, found.container, place.loop, place.values, hidden, count, identity))
+                ways = list(
+                    loop_rewrite.candidates(cls, place.attribute, found.container, place.loop, place.values, hidden, count, identity)
+                )
             for (loop, routing), formula in itertools.product(ways, formulas):
                 yield Experts(place.attribute, _fresh(reader), formula, routing, names, loop)
 
@@ -111,11 +113,11 @@ def _fresh(reader: Reader | Listed) -> Reader | Listed:
 # ------------------------------------------------------------------------------------------------------------------------- weights
 def _weights(found: Found, hidden: int) -> Iterator[tuple[Reader | Listed, list[Formula]]]:
     if found.kind == "stacked":
-        for reader, spec in parameters.layouts(found.module, hidden):
+        for reader, spec in stacks.layouts(found.module, hidden):
             formulas = list(plain_candidates(found.module, spec.gated))
-            yield reader, [Formula(parameters.with_formula(spec, f.spec), f.own_gate) for f in formulas]
+            yield reader, [Formula(stacks.with_formula(spec, f.spec), f.own_gate) for f in formulas]
         return
-    expert = module_list.members(module_list.container_of(found.module, found.container))[0]
+    expert = listed.members(listed.container_of(found.module, found.container))[0]
     names = linears(expert)
     assert names is not None
     for projections in _projections(names, hidden):
@@ -139,11 +141,11 @@ def _projections(layers: dict[str, Any], hidden: int) -> Iterator[tuple[str | No
 
 def _hidden_sizes(found: Found) -> list[int]:
     if found.kind == "listed":
-        layers = linears(module_list.members(module_list.container_of(found.module, found.container))[0])
+        layers = linears(listed.members(listed.container_of(found.module, found.container))[0])
         assert layers is not None
         sizes = [n for m in layers.values() for n in (m.in_features, m.out_features)]  # type: ignore[attr-defined]
     else:
-        shapes = [t.shape for t in parameters.stacks(found.module).values()]
+        shapes = [t.shape for t in stacks.stacks(found.module).values()]
         depth = max(len(s) for s in shapes)
         sizes = [n for s in shapes if len(s) == depth for n in (s[1:] if depth == 3 else reversed(s))]
     return list(dict.fromkeys(int(n) for n in sizes))  # type: ignore[call-overload]
@@ -152,9 +154,9 @@ def _hidden_sizes(found: Found) -> list[int]:
 def _count(found: Found) -> tuple[int, bool]:
     """The number of experts, 0 if only a reader can tell, and whether there may be some that return their input."""
     if found.kind == "listed":
-        container = module_list.container_of(found.module, found.container)
-        return len(module_list.members(container)), module_list.identities(container) > 0
-    rows = {t.shape[0] for t in parameters.stacks(found.module).values() if t.dim() == 3}
+        container = listed.container_of(found.module, found.container)
+        return len(listed.members(container)), listed.identities(container) > 0
+    rows = {t.shape[0] for t in stacks.stacks(found.module).values() if t.dim() == 3}
     return 0, len(rows) > 1 or any(type(child) is nn.Identity for child in found.module.children())
 
 
@@ -204,17 +206,17 @@ def _loop(found: Found, args: tuple[Any, ...], training: bool) -> Place:
         raise NotFound(f"its forward is not called with a routing by {type(found.owner).__name__}")
     module: nn.Module = found.module
     try:
-        count = loops.find(type(module), "forward", found.container)
+        count = loop_rewrite.find(type(module), "forward", found.container)
         module.train(training)
         for number in range(count):
             with torch.no_grad(), frozen(module), same_random():
-                values = loops.observe(module, "forward", found.container, number, args[0].clone(), *args[1:])
+                values = loop_rewrite.observe(module, "forward", found.container, number, args[0].clone(), *args[1:])
             if values:
-                read = loops.tensors_read(module, "forward", found.container, number)
+                read = loop_rewrite.tensors_read(module, "forward", found.container, number)
                 if read:
                     raise NotFound(f"its loop reads {', '.join(read)} beside the experts")
                 return Place("forward", values, (training,), number, len(args) - 1, args[0].dim())
-    except loops.Uncopied as error:
+    except loop_rewrite.Uncopied as error:
         raise NotFound(str(error)) from error
     raise NotFound("its forward has no loop over its experts that could be replaced")
 
@@ -234,7 +236,7 @@ def _instead(module: nn.Module, methods: dict[str, Any]) -> Iterator[None]:
 def _tokens(found: Found, hidden: int, tokens: int) -> Tensor:
     """hidden_states `[1, T, H]` like the first floating parameter of the experts, or of what is around them."""
     assert found.owner is not None
-    experts = module_list.container_of(found.module, found.container)
+    experts = listed.container_of(found.module, found.container)
     p = next((p for m in (experts, found.owner) for p in m.parameters() if p.is_floating_point()), None)
     p = p if p is not None else bitsandbytes.example(experts)
     if p is None:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import module_list, parameters, versions
-from .formulas import Formula, activation_name, stacked_formula
-from .quiet import replaced_method, undisturbed
+from ...experts import ExpertSpec
+from .. import transformers_facts
+from ..formulas import Formula, activation_name, own_formula, stacked_formula
+from ..run import listed, stacks
+from ..sandbox import replaced_method, undisturbed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +42,7 @@ class Found:
     owner: nn.Module | None = None
     container: str = ""
     name: str = ""
+    adapted: bool = False  # an adapter is around it
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -50,18 +53,22 @@ def find(model: nn.Module) -> list[Found]:
     for name, module in modules.items():
         if module in inside:
             continue
-        one = _examine(name, module, modules.get(name.rpartition(".")[0]) if name else None)
+        path, parent = name, None
+        while path and (parent is None or transformers_facts.is_wrapper(parent)):
+            path = path.rpartition(".")[0]
+            parent = modules[path]
+        one = _examine(name, module, parent)
         if one is not None:
-            one.name = name
+            one.name, one.adapted = name.replace(f".{transformers_facts.WRAPPED}", ""), name.endswith(f".{transformers_facts.WRAPPED}")
             found.append(one)
             inside.update(module.modules())
     return found
 
 
 def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | None:
-    if versions.is_decorated(module):
+    if transformers_facts.is_decorated(module):
         return stacked(module)
-    if versions.is_wrapper(module):  # its parameters are those of an adapter, and what it wraps comes next
+    if transformers_facts.is_wrapper(module):  # its parameters are those of an adapter, and what it wraps comes next
         return None
     for child_name, child in module._modules.items():
         if type(child) in (nn.ModuleList, nn.ModuleDict) and _are_experts(child) and _routes(module, child):
@@ -78,29 +85,29 @@ def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | 
 # --------------------------------------------------------------------------------------------------------------------- decorated
 def stacked(module: nn.Module) -> Found:
     """Experts behind transformers' decorator. The flags say the layout; shapes are never asked (square weights are ambiguous)."""
-    found = Found(module, "decorated", _decorated_layout(module))
-    found.reason = _decorated_reason(module)
-    if found.reason is None:
-        found.formula = stacked_formula(module)
-    return found
+    reason = _decorated_reason(module)
+    formula = stacked_formula(module) if reason is None else None
+    layout = _decorated_layout(module, (formula or own_formula(module)).spec)
+    return Found(module, "decorated", layout, formula, reason)
 
 
-def _decorated_layout(module: nn.Module) -> str:
-    rows = "2I" if module.has_gate else "I"
-    words = [f"stacked [E,H,{rows}]" if module.is_transposed else f"stacked [E,{rows},H]"]
-    words += ["interleaved"] if module.has_gate and not module.is_concatenated else []
-    words += ["bias"] if module.has_bias else []
+def _decorated_layout(module: nn.Module, spec: ExpertSpec) -> str:
+    rows = "2I" if spec.gated else "I"
+    words = [f"stacked [E,H,{rows}]" if spec.transposed else f"stacked [E,{rows},H]"]
+    words += ["interleaved"] if spec.interleaved else []
+    words += ["bias"] if transformers_facts.flag(module, "has_bias") else []
     return ", ".join(words)
 
 
 def _decorated_reason(module: nn.Module) -> str | None:
-    if versions.registry_of(module) is not versions.experts_registry():
-        return f"its class runs through a registry of its own, {type(versions.registry_of(module)).__name__}"
-    if versions.experts_implementation(module) in versions.LOCKED_IMPLEMENTATIONS:
-        return f"experts_implementation={versions.experts_implementation(module)!r} has rewritten the weights at load time"
-    names = {"gate_up_proj" if module.has_gate else "up_proj": 3, "down_proj": 3}
-    if module.has_bias:
-        names |= {"gate_up_proj_bias" if module.has_gate else "up_proj_bias": 2, "down_proj_bias": 2}
+    if transformers_facts.registry_of(module) is not transformers_facts.experts_registry():
+        return f"its class runs through a registry of its own, {type(transformers_facts.registry_of(module)).__name__}"
+    if transformers_facts.experts_implementation(module) in transformers_facts.LOCKED_IMPLEMENTATIONS:
+        return f"experts_implementation={transformers_facts.experts_implementation(module)!r} has rewritten the weights at load time"
+    first = "gate_up_proj" if transformers_facts.flag(module, "has_gate") else "up_proj"
+    names = {first: 3, "down_proj": 3}
+    if transformers_facts.flag(module, "has_bias"):
+        names |= {f"{first}_bias": 2, "down_proj_bias": 2}
     dtypes = set()
     for name, dim in names.items():
         t = getattr(module, name, None)
@@ -110,7 +117,7 @@ def _decorated_reason(module: nn.Module) -> str | None:
             return f"{name} has shape {tuple(t.shape)}, expected {dim} dimensions"
         dtypes.add(t.dtype)
     # Below a hook of accelerate its forward still asks the registry, when the weights are where they are needed.
-    replaced = None if versions.has_accelerate_hook(module) else replaced_method(module)
+    replaced = None if transformers_facts.has_accelerate_hook(module) else replaced_method(module)
     return _wrapped_reason(module) or _dtype_reason(dtypes) or replaced
 
 
@@ -130,8 +137,8 @@ def _dtype_reason(dtypes: set[torch.dtype]) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------------ own parameters
 def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
-    stacks = parameters.stacks(module)
-    cubes = [t for t in stacks.values() if t.dim() == 3]
+    own_stacks = stacks.stacks(module)
+    cubes = [t for t in own_stacks.values() if t.dim() == 3]
     own = [p for p in module._parameters.values() if p is not None]
     arguments = len(inspect.signature(type(module).forward).parameters) - 1
     linear = grouped_linears(module)
@@ -141,21 +148,21 @@ def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
         return Found(
             module,
             "linear",
-            "grouped linear, " + ", ".join(f"{n} {list(t.shape)}" for n, t in stacks.items() if t.dim() == 3),
+            "grouped linear, " + ", ".join(f"{n} {list(t.shape)}" for n, t in own_stacks.items() if t.dim() == 3),
             reason=reason,
         )
-    if parent is None or not parameters.has_stacks(module) or not (arguments > 1 or any(p.dim() == 3 for p in own)):
+    if parent is None or not stacks.has_stacks(module) or not (arguments > 1 or any(p.dim() == 3 for p in own)):
         return None
     if any(len([p for p in child.parameters(recurse=False) if p.dim() == 3]) > 1 for child in module.children()):
         return None  # these are the experts of a child
-    inside = {id(t) for t in stacks.values()}
+    inside = {id(t) for t in own_stacks.values()}
     alone = bool(cubes) and any(id(p) not in inside and _has_side(p, cubes[0].shape[0]) for p in _near_parameters(module, 1))
     owner = module if alone else parent
     if not alone and not _routes(parent, module, cubes[0].shape[0] if cubes else None):
         return None
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in stacks.items() if t.dim() == (3 if cubes else 2))
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in own_stacks.items() if t.dim() == (3 if cubes else 2))
     layout = f"stacked, {shapes}" if cubes else f"flattened, {shapes}"
-    reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in stacks.values()}) or replaced_method(module)
+    reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in own_stacks.values()}) or replaced_method(module)
     return Found(module, "stacked", layout, reason=reason, owner=owner)
 
 
@@ -176,7 +183,7 @@ def grouped_linears(module: nn.Module) -> dict[str, nn.Module]:
 def _routes(owner: nn.Module, experts: nn.Module, count: int | None = None) -> bool:
     """Whether `owner` may route to the experts: its code chooses, and it holds, beside them, a matrix with a side for their scores."""
     if count is None and isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
-        count = len(module_list.members(experts))
+        count = len(listed.members(experts))
     inside = {id(p) for p in experts.parameters()}
     return _chooses(owner, experts) and any(
         id(p) not in inside and (_has_side(p, count) if count is not None else p.dim() == 2) for p in _near_parameters(owner, 2)
@@ -212,7 +219,7 @@ def _near_parameters(module: nn.Module, depth: int) -> Iterator[nn.Parameter]:
 # -------------------------------------------------------------------------------------------------------------------- module lists
 def _are_experts(container: Any) -> bool:
     """Several modules of one class, each of two or three linear layers and things without parameters."""
-    experts = module_list.members(container)
+    experts = listed.members(container)
     return len(experts) > 1 and len({type(e) for e in experts}) == 1 and linears(experts[0]) is not None
 
 
@@ -227,7 +234,7 @@ def linears(expert: nn.Module) -> dict[str, nn.Module] | None:
 
 def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
     found = Found(module, "listed", "module list", owner=owner, container=container)
-    experts = module_list.container_of(module, container)
+    experts = listed.container_of(module, container)
     found.reason = (
         _wrapped_reason(experts) or replaced_method(module) or _experts_reason(experts, container or "expert") or _hook_reason(experts)
     )
@@ -238,7 +245,7 @@ def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
 
 
 def _experts_reason(container: nn.Module, label: str) -> str | None:
-    experts = module_list.members(container)
+    experts = listed.members(container)
     first: list[Any] | None = None
     for i, expert in enumerate(experts):
         found = linears(expert) or {}
@@ -261,14 +268,16 @@ def _experts_reason(container: nn.Module, label: str) -> str | None:
 
 
 def _hook_reason(container: nn.Module) -> str | None:
-    seen = module_list.look(container, ())
+    seen = listed.look(container, ())
     return seen if isinstance(seen, str) else None
 
 
 def _differs(first: nn.Module, other: nn.Module) -> str | None:
     """The part or the number in which two experts of one class differ; whole numbers may count them."""
-    for (name, a), (_, b) in zip(first.named_modules(), other.named_modules(), strict=False):
-        if type(a) is not type(b):
+    layers = linears(first) or {}
+    parts = [("", first, other), *((n, first._modules[n], other._modules.get(n)) for n in first._modules if n not in layers)]
+    for name, a, b in parts:
+        if a is None or b is None or type(a) is not type(b):
             return name
         for key, value in vars(a).items():
             if isinstance(value, (bool, float, str)) and key != "training" and vars(b).get(key) != value:
@@ -278,7 +287,7 @@ def _differs(first: nn.Module, other: nn.Module) -> str | None:
 
 def _activation_reason(container: nn.Module) -> str | None:
     names: dict[int, str | None] = {}
-    for expert in module_list.members(container):
+    for expert in listed.members(container):
         act_fn = getattr(expert, "act_fn", None)
         if act_fn is not None and id(act_fn) not in names:
             names[id(act_fn)] = activation_name(act_fn)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ._command import CommandError
+from .command import CommandError
 
 TEXT_BYTES = 4 << 20
 LEARNING_RATE = 5e-4

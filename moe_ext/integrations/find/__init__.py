@@ -1,0 +1,1 @@
+"""Finding the experts of a model, once, when it is enabled."""
