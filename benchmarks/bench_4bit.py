@@ -23,7 +23,7 @@ from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
 from moe_ext import functional, testing
-from moe_ext.cli.demo import peak_bytes
+from moe_ext.cli.memory import peak_bytes
 from moe_ext.experts import ExpertWeights
 from moe_ext.integrations.run.bitsandbytes import DenseCache, Quantized4bit, read
 

@@ -42,9 +42,9 @@ def guard_microseconds(model: torch.nn.Module, rounds: int = 9, calls: int = 200
     x = torch.randn(4, 32)
     for module in model.modules():
         for one in patch.patches_of(module).values():
-            return 1e6 * _median(lambda one=one, module=module: one.cut.reader.read(module, x), rounds, calls)
+            return 1e6 * _median(lambda one=one, module=module: one.replacement.reader.read(module, x), rounds, calls)
         if decorated.plan_of(module) is not None:
-            return 1e6 * _median(lambda module=module: decorated._read_adapted(module, x), rounds, calls)
+            return 1e6 * _median(lambda module=module: decorated.read_adapted(module, x), rounds, calls)
     raise RuntimeError("nothing is enabled")
 
 

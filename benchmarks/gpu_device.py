@@ -69,7 +69,7 @@ class Device:
 
     def peak_bytes(self, call: Call) -> int | None:
         """Most bytes of tensors alive during `call`, beyond those before it."""
-        from moe_ext.cli.demo import peak_bytes
+        from moe_ext.cli.memory import peak_bytes
 
         return peak_bytes(call)
 

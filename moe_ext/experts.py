@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -92,29 +93,42 @@ class Projection(ABC):
         """The tensors it consists of."""
 
 
-@dataclass
-class ExpertWeights:
-    """The tensors of one set of experts, read at call time; either stacked or one tensor per expert.
+class Expert(NamedTuple):
+    """The matrices of one expert in one canonical form: gate `[I,H]` (None when ungated), up `[I,H]`, down `[H,I]`, and their biases."""
 
-    Stacked: `gate_up_proj` `[E, 2I, H]` (ungated: `[E, I, H]`) and `down_proj` `[E, H, I]`, or both transposed; biases
-    `gate_up_bias` `[E, 2I]`, `down_bias` `[E, H]`.
-    Per expert: `gate_proj` (None when ungated), `up_proj`, `down_proj` as sequences of E matrices `[out, in]`; biases
-    `gate_bias`, `up_bias`, `down_bias` as sequences of E vectors. Sequences are used as they are: no stack, no copy.
-    In place of a stack or a sequence of matrices there may be a `Projection`, whose matrices are `[out, in]` in either form.
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Expert:
+        return Expert(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+
+_Weights = TypeVar("_Weights", bound="ExpertWeights")
+
+
+class ExpertWeights:
+    """The tensors of one set of experts, read at call time: `StackedWeights`, or `ListedWeights` with one tensor per expert.
+
+    Calling it makes the one that has a field of that name: `ExpertWeights(gate_up_proj=..., down_proj=...)` is stacked,
+    `ExpertWeights(gate_proj=..., up_proj=..., down_proj=...)` is listed.
     """
 
-    gate_up_proj: torch.Tensor | Projection | None = None
-    down_proj: torch.Tensor | Sequence[torch.Tensor] | Projection | None = None
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | Sequence[torch.Tensor] | None = None
-    gate_proj: Sequence[torch.Tensor] | Projection | None = None
-    up_proj: Sequence[torch.Tensor] | Projection | None = None
-    gate_bias: Sequence[torch.Tensor] | None = None
-    up_bias: Sequence[torch.Tensor] | None = None
+    down_proj: Any
+    down_bias: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is ExpertWeights:
+            return object.__new__(StackedWeights if args or "gate_up_proj" in kwargs else ListedWeights)
+        return object.__new__(cls)
 
     @property
     def stacked(self) -> bool:
-        return self.gate_up_proj is not None
+        """Whether one tensor holds the matrices of all experts."""
+        return isinstance(self, StackedWeights)
 
     @property
     def fusable(self) -> bool:
@@ -123,7 +137,7 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        assert self.down_proj is not None
+        """E."""
         return len(self.down_proj)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -138,32 +152,62 @@ class ExpertWeights:
                 found.extend(value)
         return found
 
-    def expert(self, e: int, spec: ExpertSpec) -> dict[str, torch.Tensor | None]:
-        """Views of expert `e` in one canonical form: gate `[I,H]` or None, up `[I,H]`, down `[H,I]`, and their biases or None."""
-        assert self.down_proj is not None
-        if not self.stacked:
-            assert self.up_proj is not None
+    def mapped(self: _Weights, function: Callable[[str, Any], Any]) -> _Weights:
+        """The same kind of weights with `function(name, value)` in place of every value that is there."""
+        return type(self)(**{name: None if value is None else function(name, value) for name, value in vars(self).items()})
 
-            def pick(seq: Sequence[torch.Tensor] | Projection | torch.Tensor | None) -> torch.Tensor | None:
-                return None if seq is None else seq[e]
+    def expert(self, e: int, spec: ExpertSpec) -> Expert:
+        """Views of expert `e`."""
+        raise TypeError(f"{type(self).__name__} is neither StackedWeights nor ListedWeights")
 
-            gate = pick(self.gate_proj) if spec.gated else None
-            return {
-                "gate": gate, "up": self.up_proj[e], "down": self.down_proj[e],
-                "gate_bias": pick(self.gate_bias), "up_bias": pick(self.up_bias), "down_bias": pick(self.down_bias),
-            }  # fmt: skip
-        assert self.gate_up_proj is not None
-        gate_up, down = self.gate_up_proj[e], self.down_proj[e]
-        if spec.transposed:
-            gate_up = gate_up if isinstance(self.gate_up_proj, Projection) else gate_up.T
-            down = down if isinstance(self.down_proj, Projection) else down.T
+
+@dataclass
+class StackedWeights(ExpertWeights):
+    """`gate_up_proj` `[E, 2I, H]` (ungated: `[E, I, H]`) and `down_proj` `[E, H, I]`, or both transposed; biases `gate_up_bias`
+    `[E, 2I]`, `down_bias` `[E, H]`. In place of a stack there may be a `Projection`, whose matrices are `[out, in]`.
+    """
+
+    gate_up_proj: torch.Tensor | Projection
+    down_proj: torch.Tensor | Projection
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    def expert(self, e: int, spec: ExpertSpec) -> Expert:
+        gate_up, down = (
+            proj[e].T if spec.transposed and isinstance(proj, torch.Tensor) else proj[e] for proj in (self.gate_up_proj, self.down_proj)
+        )
         bias = None if self.gate_up_bias is None else self.gate_up_bias[e]
         down_bias = None if self.down_bias is None else self.down_bias[e]
         if not spec.gated:
-            return {"gate": None, "up": gate_up, "down": down, "gate_bias": None, "up_bias": bias, "down_bias": down_bias}
+            return Expert(None, gate_up, down, None, bias, down_bias)
         gate, up = split_gate_up(gate_up, spec.interleaved, dim=0)
         gate_bias, up_bias = (None, None) if bias is None else split_gate_up(bias, spec.interleaved, dim=0)
-        return {"gate": gate, "up": up, "down": down, "gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+        return Expert(gate, up, down, gate_bias, up_bias, down_bias)
+
+
+@dataclass
+class ListedWeights(ExpertWeights):
+    """`up_proj`, `down_proj` and `gate_proj` (None when ungated) as sequences of E matrices `[out, in]`; biases `up_bias`, `down_bias`,
+    `gate_bias` as sequences of E vectors. Sequences are used as they are: no stack, no copy. A `Projection` may stand for a sequence.
+    """
+
+    up_proj: Sequence[torch.Tensor] | Projection
+    down_proj: Sequence[torch.Tensor] | Projection
+    gate_proj: Sequence[torch.Tensor] | Projection | None = None
+    up_bias: Sequence[torch.Tensor] | None = None
+    down_bias: Sequence[torch.Tensor] | None = None
+    gate_bias: Sequence[torch.Tensor] | None = None
+
+    def expert(self, e: int, spec: ExpertSpec) -> Expert:
+        gate_bias, up_bias, down_bias = (None if b is None else b[e] for b in (self.gate_bias, self.up_bias, self.down_bias))
+        gate = self.gate(spec)
+        return Expert(None if gate is None else gate[e], self.up_proj[e], self.down_proj[e], gate_bias, up_bias, down_bias)
+
+    def gate(self, spec: ExpertSpec) -> Sequence[torch.Tensor] | Projection | None:
+        """The gate projections, None where `spec` has none; raises ValueError where it has and the weights have not."""
+        if spec.gated and self.gate_proj is None:
+            raise ValueError("gate_proj is None, but the spec is gated; give gate_proj, or ExpertSpec(gated=False)")
+        return self.gate_proj if spec.gated else None
 
 
 def split_gate_up(x: torch.Tensor, interleaved: bool, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .experts import ExpertSpec, ExpertWeights, Projection
+from .experts import ExpertSpec, ExpertWeights, ListedWeights, Projection, StackedWeights
 
 
 def grouped_experts(
@@ -48,31 +48,23 @@ def _fused(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec: Ex
     options = {"activation": spec.activation, "gated": spec.gated, "alpha": spec.alpha, "limit": spec.limit}
     if spec.recompute:
         options["recompute"] = True
-    if weights.stacked:
+    if isinstance(weights, StackedWeights):
         return ops.moe.grouped_forward(
             x, index, w, weights.gate_up_proj, weights.down_proj, weights.gate_up_bias, weights.down_bias,
             transposed=spec.transposed, interleaved=spec.interleaved, **options,
         )  # fmt: skip
-    return ops.moe.grouped_forward.list(
-        x, index, w, weights.gate_proj if spec.gated else [], weights.up_proj, weights.down_proj,
-        weights.gate_bias, weights.up_bias, weights.down_bias, **options,
-    )  # fmt: skip
+    if isinstance(weights, ListedWeights):
+        return ops.moe.grouped_forward.list(
+            x, index, w, weights.gate(spec) or [], weights.up_proj, weights.down_proj,
+            weights.gate_bias, weights.up_bias, weights.down_bias, **options,
+        )  # fmt: skip
+    raise _neither(weights)
 
 
 def _composed(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
     expert_offsets, row_to_slot, slot_to_row = ops.sort_by_expert(index, weights.num_experts)
     top_k = index.shape[1]
-    rows = ops.permute(x, row_to_slot, slot_to_row, top_k)
-    assert weights.down_proj is not None
-    if weights.stacked:
-        assert weights.gate_up_proj is not None
-        pre_act = _project(rows, weights.gate_up_proj, expert_offsets, weights.gate_up_bias, spec.transposed)
-    else:
-        assert weights.up_proj is not None
-        pre_act = _project(rows, weights.up_proj, expert_offsets, weights.up_bias)
-        if spec.gated:
-            assert weights.gate_proj is not None
-            pre_act = torch.cat((_project(rows, weights.gate_proj, expert_offsets, weights.gate_bias), pre_act), dim=-1)
+    pre_act = _pre_activation(ops.permute(x, row_to_slot, slot_to_row, top_k), expert_offsets, weights, spec)
     if spec.gate_fn is not None:
         act = spec.gate_fn(pre_act)
     else:
@@ -83,6 +75,20 @@ def _composed(x: Tensor, index: Tensor, w: Tensor, weights: ExpertWeights, spec:
     if spec.post_norm is not None:
         y = spec.post_norm(y)
     return ops.unpermute(y, row_to_slot, slot_to_row, top_k, w)
+
+
+def _pre_activation(rows: Tensor, expert_offsets: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tensor:
+    if isinstance(weights, StackedWeights):
+        return _project(rows, weights.gate_up_proj, expert_offsets, weights.gate_up_bias, spec.transposed)
+    if not isinstance(weights, ListedWeights):
+        raise _neither(weights)
+    up = _project(rows, weights.up_proj, expert_offsets, weights.up_bias)
+    gate_proj = weights.gate(spec)
+    return up if gate_proj is None else torch.cat((_project(rows, gate_proj, expert_offsets, weights.gate_bias), up), dim=-1)
+
+
+def _neither(weights: object) -> TypeError:
+    return TypeError(f"weights is a {type(weights).__name__}; expected StackedWeights or ListedWeights")
 
 
 def _project(rows: Tensor, weight: Any, expert_offsets: Tensor, bias: Any, transposed: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertSpec, ExpertWeights
+from .experts import ExpertSpec, StackedWeights
 from .functional import grouped_experts
 
 
@@ -61,9 +61,9 @@ class GroupedExperts(nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def weights(self) -> ExpertWeights:
-        """The parameters as `ExpertWeights`, read now."""
-        return ExpertWeights(
+    def weights(self) -> StackedWeights:
+        """The parameters as `StackedWeights`, read now."""
+        return StackedWeights(
             gate_up_proj=getattr(self, self.up_name),
             down_proj=self.down_proj,
             gate_up_bias=getattr(self, f"{self.up_name}_bias"),

@@ -68,13 +68,13 @@ def grouped_experts(
         token, k = torch.where(top_k_index == e)
         if token.numel() == 0:
             continue
-        w = {name: None if t is None else t.to(dtype) for name, t in weights.expert(e, spec).items()}
+        w = weights.expert(e, spec).to(dtype)
         x = hidden_states[token]
-        pre_act = F.linear(x, w["up"], w["up_bias"])  # type: ignore[arg-type]
-        if spec.gated:
-            gate = F.linear(x, w["gate"], w["gate_bias"])  # type: ignore[arg-type]
+        pre_act = F.linear(x, w.up, w.up_bias)
+        if w.gate is not None:
+            gate = F.linear(x, w.gate, w.gate_bias)
             pre_act = torch.stack((gate, pre_act), -1).flatten(-2) if spec.interleaved else torch.cat((gate, pre_act), -1)
-        y = F.linear(activation(pre_act, spec), w["down"], w["down_bias"])  # type: ignore[arg-type]
+        y = F.linear(activation(pre_act, spec), w.down, w.down_bias)
         if spec.post_norm is not None:
             y = spec.post_norm(y)
         out = out.index_add(0, token, (y * top_k_weights[token, k, None]).to(dtype))

@@ -102,9 +102,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def read(linears: Any, like: Tensor | None = None, cache: ours.DenseCache | None = None) -> ours.Quantized4bit:
-    found = ours.read(linears, like, cache)
-    assert not isinstance(found, str), found
-    return found
+    return ours.read(linears, like, cache)
 
 
 def product_and_gradient(compute: Callable[[Tensor], Tensor], rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

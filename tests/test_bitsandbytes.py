@@ -28,11 +28,13 @@ from quantized import (
 from torch import Tensor, nn
 
 from moe_ext.integrations.run import bitsandbytes as ours
+from moe_ext.integrations.usable import Refused
 
 
 def refused(linears: Any, like: Tensor | None = None) -> str:
-    found = ours.read(linears, like)
-    assert isinstance(found, str)
+    with pytest.raises(Refused) as caught:
+        ours.read(linears, like)
+    found = str(caught.value)
     return found
 
 
@@ -281,13 +283,13 @@ def test_T66_the_cpu_layout_is_read_as_it_is(name: str) -> None:
 def test_T67_gradients_of_weights_in_the_cpu_layout() -> None:
     """The module's own forward has none there; ours has, so such experts need not run it."""
     linears = nn.ModuleList(pack_for_cpu(m) for m in experts4bit(len(COUNTS), 64, 128, compute=torch.float32))
-    with ours.undisturbed(linears):
+    with ours.weights_kept(linears):
         assert not any(m.weight.quant_state.packing_format_for_cpu for m in linears)
         check(linears)
     assert all(m.weight.quant_state.packing_format_for_cpu for m in linears)
     rows, grad = random(44, 128), random(44, 64)
     new = product_and_gradient(lambda x: read(linears, x).grouped_mm(x, offsets_of(COUNTS)), rows, grad)
-    with ours.undisturbed(linears):
+    with ours.weights_kept(linears):
         expected = product_and_gradient(lambda x: read(linears, x).grouped_mm(x, offsets_of(COUNTS)), rows, grad)
     assert all(map(torch.equal, new, expected))
 
@@ -320,7 +322,7 @@ def test_undisturbed_takes_back_what_a_forward_decides() -> None:
     linears = experts4bit(1, 64, 64, bias=True, stored=torch.float16)
     linears[0].support_avx512bf16_for_cpu = True
     weight, bias = linears[0].weight, linears[0].bias.data
-    with ours.undisturbed(linears.eval()), torch.no_grad():
+    with ours.weights_kept(linears.eval()), torch.no_grad():
         linears[0](random(3, 64, dtype=torch.bfloat16))
         assert linears[0].compute_dtype == linears[0].bias.dtype == torch.bfloat16
     assert linears[0].compute_dtype is None and not linears[0].compute_type_is_set and linears[0].support_avx512bf16_for_cpu

@@ -260,7 +260,7 @@ def test_T57_moves_and_other_layouts_of_the_same_weights() -> None:
     for m in linears:
         pack_for_cpu(m)
     assert all(torch.equal(cache.dense(m, read(linears).matrix(e), torch.float32), read(linears)[e]) for e, m in enumerate(linears))
-    with ours.undisturbed(linears):
+    with ours.weights_kept(linears):
         check(linears, cache=cache)
 
 

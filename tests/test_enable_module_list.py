@@ -8,7 +8,7 @@ from models import BOTH, build, enable_within_the_error_rule, expert_blocks, log
 from torch import nn
 
 import moe_ext
-from moe_ext.integrations.run.listed import Listed
+from moe_ext.integrations.run.listed import ListedReader
 
 pytestmark = [pytest.mark.tf4, needs_tf4]
 
@@ -34,7 +34,7 @@ def test_every_dtype_is_proven(family: str, dtype: torch.dtype) -> None:
 
 def test_weights_are_used_where_they_are() -> None:
     block = expert_blocks(build("qwen3_moe"))[0]
-    weights = Listed("experts", ("gate_proj", "up_proj", "down_proj")).read(block)
+    weights = ListedReader("experts", ("gate_proj", "up_proj", "down_proj")).read(block)
     assert weights.gate_proj[3] is block.experts[3].gate_proj.weight
     assert weights.down_proj[7] is block.experts[7].down_proj.weight
     assert weights.up_bias is None

@@ -11,8 +11,8 @@ from models import EXPERTS, Holder, build, build_experts, enable_within_the_erro
 
 import moe_ext
 from moe_ext import reference
-from moe_ext.integrations.find import modules
 from moe_ext.integrations.run import decorated
+from moe_ext.integrations.usable import Refused, require_usable
 from moe_ext.testing import assert_accurate
 
 pytestmark = needs_tf5
@@ -29,11 +29,10 @@ FORMULAS = {
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_formula_is_recognised(family: str) -> None:
-    found = modules.stacked(build_experts(family))
-    assert found.reason is None and found.formula is not None
-    assert found.formula.path == PATHS.get(family, "fused")
+    formula = decorated.formula_of(build_experts(family))
+    assert formula.path == PATHS.get(family, "fused")
     for name, value in FORMULAS.get(family, {"activation": "silu", "gated": True, "limit": None, "transposed": False}).items():
-        assert getattr(found.formula.spec, name) == value, name
+        assert getattr(formula.spec, name) == value, name
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -47,7 +46,7 @@ def test_experts_obey_the_error_rule(family: str, dtype: torch.dtype, training: 
     before = module(x, index, w)
     report = moe_ext.enable(Holder(module), strict=True)
     assert report.enabled_count == 1 and report.blocks[0].path == PATHS.get(family, "fused")
-    weights, spec = decorated.read_weights(module), modules.stacked(module).formula.resolve(module)
+    weights, spec = decorated.read_weights(module), decorated.formula_of(module).resolve(module)
 
     def measure(compute, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w.to(torch.float64 if dtype == torch.float64 else torch.float32))]
@@ -111,7 +110,7 @@ def test_fallback_says_why_and_gives_the_previous_result() -> None:
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger("moe_ext").addHandler(handler)
     try:
-        decorated.plan_of(module).reason = "of this test"
+        decorated.apply(module, decorated.Skipped("eager", "of this test"))
         for _ in range(2):
             assert torch.equal(module(x, index, w), before)
     finally:
@@ -121,9 +120,11 @@ def test_fallback_says_why_and_gives_the_previous_result() -> None:
 
 def test_dtensor_and_meta_and_other_dtypes_are_not_touched() -> None:
     weights = decorated.read_weights(build_experts("mixtral"))
-    assert decorated._unusable(weights, torch.zeros(1, 32)) is None
-    assert "float32" in decorated._unusable(weights, torch.zeros(1, 32, dtype=torch.bfloat16))
-    assert "meta" in decorated._unusable(decorated.read_weights(build_experts("mixtral").to("meta")), torch.zeros(1, 32))
+    require_usable(weights.tensors(), torch.zeros(1, 32))
+    with pytest.raises(Refused, match="float32"):
+        require_usable(weights.tensors(), torch.zeros(1, 32, dtype=torch.bfloat16))
+    with pytest.raises(Refused, match="meta"):
+        require_usable(decorated.read_weights(build_experts("mixtral").to("meta")).tensors(), torch.zeros(1, 32))
 
 
 def test_autocast_returns_the_dtype_of_the_input() -> None:
@@ -135,7 +136,7 @@ def test_autocast_returns_the_dtype_of_the_input() -> None:
         out = module(x, index, w)
         plain = decorated.run_implementation(module, "eager", x, index, w)
     assert out.dtype == plain.dtype == torch.float32
-    weights, spec = decorated.read_weights(module), modules.stacked(module).formula.resolve(module)
+    weights, spec = decorated.read_weights(module), decorated.formula_of(module).resolve(module)
     assert_accurate(out, plain, reference.grouped_experts(x.double(), index, w.double(), weights, spec))
 
 

@@ -21,14 +21,16 @@ RANKS = {
     "experts": 0, "_needs": 0, "testing": 0, "reference": 1, "report": 1,
     "_autograd": 2, "_fake": 2, "ops": 3, "functional": 4, "modules": 5,
     "integrations.__init__": 5, "integrations.run.__init__": 5, "integrations.find.__init__": 5,
-    "integrations.transformers_facts": 5, "integrations.usable": 5, "integrations.sandbox": 5, "integrations.run.routing": 5,
-    "integrations.formulas": 6, "integrations.run.loop_rewrite": 6, "integrations.run.stacks": 6,
-    "integrations.run.listed": 8, "integrations.run.patch": 9, "integrations.find.modules": 9, "integrations.find.candidates": 10,
-    "integrations.run.decorated": 10,
-    "prove.rule": 10, "prove.call": 11, "prove.loop": 11, "prove.__init__": 12, "_enable": 13, "_auto": 14,
-    "__init__": 15, "cli.__init__": 15, "cli.command": 16, "cli.doctor": 17, "cli.demo": 17, "cli.main": 18, "__main__": 19,
+    "integrations.transformers_facts": 5, "integrations.usable": 5,
+    "integrations.run.bitsandbytes": 6, "integrations.run.peft": 6, "integrations.run.stacks": 6, "integrations.run.routing": 6,
+    "integrations.sandbox": 7, "integrations.run.listed": 7, "integrations.run.loop_rewrite": 7,
+    "integrations.formulas": 8, "integrations.run.patch": 9, "integrations.run.decorated": 9,
+    # Finding stands above all that runs at each call.
+    "integrations.find.alike": 10, "integrations.find.layouts": 10, "integrations.find.modules": 11, "integrations.find.candidates": 12,
+    "prove.rule": 13, "prove.call": 14, "prove.loop": 14, "prove.__init__": 15, "_blocks": 16, "_enable": 17, "_auto": 18,
+    "__init__": 19, "cli.__init__": 19, "cli.command": 20, "cli.memory": 20,
+    "cli.doctor": 21, "cli.demo": 21, "cli.main": 22, "__main__": 23,
 }  # fmt: skip
-INTEGRATION = 7  # every other module of integrations, one library each: they do not import one another
 DATA_ONLY = {"experts": set(), "reference": {"experts"}, "testing": set()}  # stand beside: they import nothing of the rest
 
 
@@ -66,11 +68,11 @@ def own_imports(path: Path) -> set[str]:
 
 
 def rank(module: str) -> int:
-    return INTEGRATION if module not in RANKS and module.startswith("integrations") else RANKS[module]
+    return RANKS[module]
 
 
 def test_every_module_has_a_rank() -> None:
-    unknown = [name_of(p) for p in modules() if not name_of(p).startswith("integrations") and name_of(p) not in RANKS]
+    unknown = [name_of(p) for p in modules() if name_of(p) not in RANKS]
     assert not unknown, f"give {unknown} a rank in this file, below everything that imports them"
 
 

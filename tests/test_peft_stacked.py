@@ -374,7 +374,7 @@ def test_a_skipped_neighbour_keeps_its_adapters() -> None:
     before = model(tokens()).logits
     moe_ext.enable(model, strict=True)
     for experts in decorated_experts(model):
-        decorated.plan_of(experts).reason = "of this test"
+        decorated.apply(experts, decorated.Skipped(decorated.plan_of(experts).previous, "of this test"))
     assert torch.equal(model(tokens()).logits, before)
 
 

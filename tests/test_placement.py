@@ -420,7 +420,7 @@ def test_T49_weights_emptied_by_zero3() -> None:
             p = linear.weight
             full[linear], p.ds_id, p.ds_shape, p.ds_status = p.data, len(full), p.shape, "NOT_AVAILABLE"
             p.data = torch.empty(0)
-    reader = patch.patches_of(expert_blocks(model)[1])["forward"].cut.reader
+    reader = patch.patches_of(expert_blocks(model)[1])["forward"].replacement.reader
     assert reader.read(expert_blocks(model)[1], torch.zeros(1)) == "a weight is empty: it is sharded by ZeRO-3, or not loaded"
 
     def gather(linear: nn.Linear, args: Any) -> None:

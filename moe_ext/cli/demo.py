@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import resource
 import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 
 from .command import CommandError
+from .memory import peak_bytes
 
 TEXT_BYTES = 4 << 20
 LEARNING_RATE = 5e-4
@@ -191,30 +190,6 @@ def train(runs: tuple[Run, Run], text: bytes, size: Size, steps: int, seed: int)
 
 def _backward(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
-
-
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Bytes of tensors alive at the peak of a call, beyond what was alive before it: activations and gradients of a step, for example.
-
-    Counted by PyTorch's own profiler from each allocation and release; None where it was built without.
-    """
-    import json
-    import tempfile
-
-    if not torch.profiler.kineto_available():
-        return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes about itself to stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    alive = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
 
 
 def run(size_name: str, steps: int | None, seed: int, out: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..experts import ACTIVATIONS, ExpertSpec
 from . import transformers_facts
-from .sandbox import undisturbed
+from .sandbox import sandbox
 
 #: Two functions are the same when they differ by less than this, relative to 1 + |value|, in float64: below the rounding of
 #: float32, and above what a constant written with ten digits makes (the tanh forms of GELU differ by 4e-12).
@@ -51,10 +51,10 @@ def own_formula(module: nn.Module) -> Formula:
     return Formula(spec, own_gate=True, own_post_norm=post_norm)
 
 
-def stacked_formula(module: nn.Module) -> Formula:
+def decorated_formula(module: nn.Module) -> Formula:
     """`own_formula` with the gate recognised, if it is one of `reference.activation`."""
     own = own_formula(module)
-    with undisturbed(module):
+    with sandbox(module):
         if own.spec.gated:
             # Without the flag the gate may be of either kind, and only one of them computes what it does.
             kinds = [own.spec] if hasattr(module, "is_concatenated") else [own.spec, replace(own.spec, interleaved=True)]

@@ -1,4 +1,4 @@
-"""Looking at a module without a trace: no hook is called; buffers, training flags and the random state are put back."""
+"""Running code of a module without leaving a trace: no hook is called; buffers, training flags and the random state are put back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The attribute of a module that holds the callables we put in place of its methods, by name.
-OUR_PATCHES = "_moe_ext_patches"
+from .run import bitsandbytes
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -20,9 +19,9 @@ _HOOKS = (
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves no trace on `module`: no hook of it is called, and its attributes, its buffers, its training flags and
-    the random state are afterwards what they were. Gradients are on, autocast is off.
+def sandbox(module: nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves no trace on `module`: no hook of it is called, and its attributes, its buffers, its training flags, its
+    4-bit weights and the random state are afterwards what they were. Gradients are on, autocast is off.
     """
     attributes = [(m, m.__dict__.copy()) for m in module.modules()]
     contents = _contents(m for m, _ in attributes)
@@ -36,6 +35,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(kind, enabled=False),
+        bitsandbytes.weights_kept(module),
     ):
         try:
             for registered, _ in hooks:
@@ -126,27 +126,3 @@ def same_random() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(0)
         yield
-
-
-def replaced_method(module: nn.Module, attribute: str = "forward") -> str | None:
-    """The reason not to touch a module whose method was replaced on the instance: hooks of accelerate, patches of others."""
-    method = module.__dict__.get(attribute)
-    if method is None or getattr(method, "__func__", None) is getattr(type(module), attribute, None):
-        return None
-    if attribute in module.__dict__.get(OUR_PATCHES, {}):  # ours, or a wrapper put around ours
-        return None
-    by = getattr(method, "__qualname__", type(method).__name__)
-    return f"its {attribute} was replaced on the instance (by {by} of {getattr(method, '__module__', 'unknown origin')})"
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether a call of one of them does more than its class's forward: it has hooks, or a forward of its own."""
-    for module in modules:
-        state = module.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
-            return True
-        if "forward" in state:
-            forward = state["forward"]
-            if getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module:
-                return True
-    return False

@@ -8,10 +8,10 @@ of the block is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..experts import ExpertWeights
 from ..integrations.find import candidates
-from ..integrations.find.modules import Found, grouped_linears
-from ..integrations.run import bitsandbytes, decorated
-from ..integrations.run.patch import Cut, Experts
-from ..integrations.run.stacks import is_meta
-from ..integrations.sandbox import frozen, undisturbed
+from ..integrations.find.candidates import LoopSite, Site
+from ..integrations.find.modules import Found, RoutedExperts, grouped_linears
+from ..integrations.formulas import Formula
+from ..integrations.run import decorated
+from ..integrations.run.patch import LinearReplacement, LoopReplacement, MethodReplacement, Replacement
+from ..integrations.sandbox import frozen, sandbox
+from ..integrations.usable import Refused
 from .call import prove_call, prove_linear
 from .loop import prove_loop
 from .rule import (
@@ -48,15 +50,14 @@ META = "could not be proven: its weights are on the meta device"
 
 
 # -------------------------------------------------------------------------------------------------------------- decorated experts
-def prove_decorated(module: nn.Module, plan: decorated.StackedPlan) -> Proof:
+def prove_decorated(module: nn.Module, formula: Formula) -> Proof:
     """Old is the loop that the class was written with."""
-    assert plan.formula is not None
-    with undisturbed(module):
+    with sandbox(module):
         weights = decorated.read_weights(module)
         trainable = any(t.requires_grad for t in weights.tensors())
-        if is_meta(weights):
+        if any(t.is_meta for t in weights.tensors()):
             return Proof(META)
-        spec = plan.formula.resolve(module)
+        spec = formula.resolve(module)
         weights = detached(weights)
         like, hidden, inner = sizes_of(weights, spec)
         experts = sorted({0, weights.num_experts // 2, weights.num_experts - 1})[:ACTIVE_EXPERTS]
@@ -71,13 +72,13 @@ def prove_decorated(module: nn.Module, plan: decorated.StackedPlan) -> Proof:
             out = compute(*inputs)
             return {"output": out} | zeros_for_none(["hidden_states", "top_k_weights"], inputs, gradients(out, inputs, grad))
 
-        def formula(a: Tensor, b: Tensor) -> Tensor:
+        def plain(a: Tensor, b: Tensor) -> Tensor:
             return reference.grouped_experts(a, index, b, some, spec)
 
         with frozen(module):
             old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b))
         new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec))
-        proof = judge(old, new, by(like.dtype, formula), by(torch.float64, formula), terms=hidden + inner)
+        proof = judge(old, new, by(like.dtype, plain), by(torch.float64, plain), terms=hidden + inner)
         if proof.reason is not None or not trainable:
             return proof
         more = prove_weights(weights, spec, trainable)
@@ -85,88 +86,98 @@ def prove_decorated(module: nn.Module, plan: decorated.StackedPlan) -> Proof:
 
 
 # --------------------------------------------------------------------------------------------------------- experts without decorator
-def search_and_prove(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], Proof]:
-    """The cuts that are proven for `found`, one for each way that training and evaluation take; the proof says why there is none.
+def search_and_prove(found: RoutedExperts, hint: Sequence[MethodReplacement]) -> tuple[Sequence[Replacement], Proof]:
+    """The replacements that are proven for `found`, one for each way that training and evaluation take; the proof says why there is none.
 
     hint: what was proven for another module of the same class is tried first.
     """
-    assert found.owner is not None or found.kind == "linear"
-    if any(p.is_meta for p in found.module.parameters()):
+    if _is_meta(found):
         return [], Proof(META)
-    around = found.owner or found.module
-    with undisturbed(around), bitsandbytes.undisturbed(around):
-        if found.kind == "linear":
-            return prove_linears(found)
-        cuts, proof = _search(found, hint)
-        if not cuts and grouped_linears(found.module):
+    with sandbox(found.owner):
+        replacements, proof = _search(found, hint)
+        if not replacements and grouped_linears(found.module):
             # Experts that are handed no routing, but have a layer for each projection that is handed rows and counts.
-            linears, linear_proof = prove_linears(found)
+            linears, linear_proof = _prove_linears(found)
             if linears:
                 return linears, linear_proof
-        return cuts, proof
+        return replacements, proof
 
 
-def _search(found: Found, hint: list[Cut] | None) -> tuple[list[Cut], Proof]:
+def prove_linears(found: Found) -> tuple[Sequence[Replacement], Proof]:
+    """The replacements of the grouped linear layers of a block, if all of them are proven."""
+    if _is_meta(found):
+        return [], Proof(META)
+    with sandbox(found.module):
+        return _prove_linears(found)
+
+
+def _is_meta(found: Found) -> bool:
+    return any(p.is_meta for p in found.module.parameters())
+
+
+def _search(found: RoutedExperts, hint: Sequence[MethodReplacement]) -> tuple[list[MethodReplacement], Proof]:
     try:
-        places = candidates.places(found, 8 * TOKENS)
-        cuts: list[Cut] = []
+        proven: list[MethodReplacement] = []
         whole = Proof()
-        for place in places:
-            known: list[Cut] = [candidates.adapted(cut) for cut in hint or [] if cut.attribute == place.attribute]
-            one, proof = _first(iter(known), partial(_prove_place, found, place=place, first=False))
+        for site in candidates.sites(found, 8 * TOKENS):
+            known = (candidates.adapted(r) for r in hint if r.attribute == site.attribute)
+            one, proof = _first(known, partial(_prove_at, found, site=site, first=False))
             if not one:
-                one, proof = _first(candidates.candidates(found, place), partial(_prove_place, found, place=place, first=True))
+                one, proof = _first(candidates.candidates(found, site), partial(_prove_at, found, site=site, first=True))
             whole.figures |= proof.figures
             if proof.reason is not None:
                 return [], Proof(proof.reason, whole.figures)
-            cuts += one
-        return cuts, whole
-    except candidates.NotFound as error:
-        return [], Proof(str(error))
+            proven += one
+        return proven, whole
+    except Refused as refused:
+        return [], Proof(str(refused))
 
 
-def _first(candidates: Iterator[Any], prove: Callable[[Any], Proof]) -> tuple[list[Cut], Proof]:
+_R = TypeVar("_R")
+
+
+def _first(possible: Iterable[_R], prove: Callable[[_R], Proof]) -> tuple[list[_R], Proof]:
     """The first candidate whose proof holds; else the first reason, which is that of the likeliest candidate."""
     reason: Proof | None = None
-    for cut in candidates:
-        proof = attempt(prove, cut)
+    for replacement in possible:
+        proof = attempt(prove, replacement)
         if proof.reason is None:
-            return [cut], proof
+            return [replacement], proof
         reason = reason or proof
     return [], reason or Proof("no layout and no routing that could be proven fits its shapes")
 
 
-def _prove_place(found: Found, cut: Experts, place: candidates.Place, first: bool) -> Proof:
+def _prove_at(found: RoutedExperts, replacement: MethodReplacement, site: Site, first: bool) -> Proof:
     # Where it cannot be read in one mode, as with adapters that drop out in training, its own code runs in that mode.
-    seen = {mode: _read(found, cut, mode) for mode in place.modes}
-    readable = tuple(mode for mode, weights in seen.items() if isinstance(weights, ExpertWeights))
-    if not readable:
-        return Proof(str(next(iter(seen.values()))))
-    weights, place = seen[readable[0]], replace(place, modes=readable)
-    assert isinstance(weights, ExpertWeights)
-    prove = prove_loop if cut.loop is not None else prove_call
-    proof = prove(found, cut, place, weights, first)
-    if proof.reason is not None:
+    weights: dict[bool, ExpertWeights] = {}
+    refused: list[Refused] = []
+    for mode in site.modes:
+        found.module.train(mode)
+        try:
+            weights[mode] = replacement.reader.read(found.module)
+        except Refused as error:
+            refused.append(error)
+    if not weights:
+        raise refused[0]
+    some, site = next(iter(weights.values())), replace(site, modes=tuple(weights))
+    if isinstance(replacement, LoopReplacement) and isinstance(site, LoopSite):
+        proof = prove_loop(found, replacement, site, some, first)
+    else:
+        proof = prove_call(found, replacement, site, some, first)
+    if proof.reason is not None or (some.stacked and not some.fusable):
         return proof
-    trainable = any(t.requires_grad for t in weights.tensors()) and weights.fusable
-    if not weights.fusable and weights.stacked:
-        return proof
-    more = prove_weights(detached(weights), cut.formula.resolve(found.module), trainable)
+    trainable = any(t.requires_grad for t in some.tensors()) and some.fusable
+    more = prove_weights(detached(some), replacement.formula.resolve(found.module), trainable)
     return Proof(more.reason, proof.figures | more.figures)
 
 
-def _read(found: Found, cut: Experts, training: bool) -> ExpertWeights | str:
-    found.module.train(training)
-    return cut.reader.read(found.module)
-
-
-def prove_linears(found: Found) -> tuple[list[Cut], Proof]:
-    cuts: list[Cut] = []
+def _prove_linears(found: Found) -> tuple[list[LinearReplacement], Proof]:
+    proven: list[LinearReplacement] = []
     whole = Proof()
     for name, module in grouped_linears(found.module).items():
         one, proof = _first(candidates.linear_candidates(name, module), partial(prove_linear, module))
         whole.figures |= {f"{name}: {quantity}": report for quantity, report in proof.figures.items()}
         if proof.reason is not None:
             return [], Proof(f"{name}: {proof.reason}", whole.figures)
-        cuts += one
-    return cuts, whole
+        proven += one
+    return proven, whole

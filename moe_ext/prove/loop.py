@@ -11,22 +11,22 @@ from torch.utils._pytree import tree_leaves
 
 from .. import functional, reference
 from ..experts import ExpertWeights
-from ..integrations.find import candidates
-from ..integrations.find.modules import Found
-from ..integrations.run.patch import Experts, Refusal
+from ..integrations.find.candidates import LoopSite
+from ..integrations.find.modules import RoutedExperts
+from ..integrations.run.patch import LoopReplacement
 from ..integrations.sandbox import frozen, replaced, same_random
 from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, plain_in, sizes_of, subset
 
 
-def prove_loop(found: Found, cut: Experts, place: candidates.Place, weights: ExpertWeights, first: bool) -> Proof:
+def prove_loop(found: RoutedExperts, replacement: LoopReplacement, site: LoopSite, weights: ExpertWeights, first: bool) -> Proof:
     """A whole block, in each mode that reaches the loop: all it returns, what it writes into itself, the random numbers it draws, and the
     gradients of the input, of its other parameters (router, shared experts) and of the busiest experts.
 
     first: of the first block of a class, also the output on tokens that the router sends to every expert that it can, and on large ones.
     """
-    block = _Block(found, cut, place, weights)
+    block = _Block(found, replacement, site, weights)
     proof = Proof()
-    for training in place.modes:
+    for training in site.modes:
         block.standins.train(training)
         every = block.covering_tokens() if first else None
         more = () if every is None else (every, enlarged(every))
@@ -41,17 +41,17 @@ def prove_loop(found: Found, cut: Experts, place: candidates.Place, weights: Exp
 class _Block:
     """One block and the ways to run it on the same tokens."""
 
-    def __init__(self, found: Found, cut: Experts, place: candidates.Place, weights: ExpertWeights) -> None:
-        self.found, self.cut, self.block = found, cut, found.module
+    def __init__(self, found: RoutedExperts, replacement: LoopReplacement, site: LoopSite, weights: ExpertWeights) -> None:
+        self.found, self.replacement, self.block = found, replacement, found.module
         self.standins = frozen(self.block)
-        self.rest = (None,) * place.nones
-        like, self.hidden, inner = sizes_of(subset(weights, [0]), cut.formula.spec)
-        self.plain = plain_in(weights, cut.formula.spec)
-        like = place.values[cut.routing.hidden_states]
+        self.rest = (None,) * site.nones
+        like, self.hidden, inner = sizes_of(subset(weights, [0]), replacement.formula.spec)
+        self.plain = plain_in(weights, replacement.formula.spec)
+        like = site.values[replacement.routing.hidden_states]
         self.terms = self.hidden + inner
         self.experts = weights.num_experts
         x = _related_tokens(self.hidden, count_of(inner), like)
-        self.tokens = x if place.dims == 3 else x.flatten(0, 1)
+        self.tokens = x if site.dims == 3 else x.flatten(0, 1)
 
     def prove(self, x: Tensor, backward: bool) -> Proof:
         names = self._trainable_names() if backward else []
@@ -87,10 +87,8 @@ class _Block:
 
     def _through(self, compute: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
         def call(leaf: Tensor) -> Any:
-            out = self.cut.run(self.block, (leaf, *self.rest), {}, compute)
-            if isinstance(out, Refusal):
-                raise RuntimeError(out.reason)
-            return out
+            args = (leaf, *self.rest)
+            return self.replacement.run(self.block, self.replacement.read(self.block, args, {}), args, {}, compute)
 
         return call
 
@@ -117,7 +115,7 @@ class _Block:
 
     def _trainable_names(self) -> list[str]:
         """Parameters whose gradients are proven, where they need gradients: of the experts with the most tokens, and all others."""
-        experts = list(self.block._modules[self.found.container]._modules)  # type: ignore[union-attr]
+        experts = list(self.found.experts()._modules)
         ids = self._routing_of(self.tokens).flatten()
         counts = torch.bincount(ids[(ids >= 0) & (ids < len(experts))], minlength=len(experts))
         busiest = {experts[e] for e in counts.argsort(descending=True, stable=True)[:ACTIVE_EXPERTS].tolist()}
@@ -145,16 +143,16 @@ def _together(results: Results, names: Sequence[str], truth: Results, dtype: tor
     independent numbers, and its error is a matter of chance. Each counts by its size; one that is smaller than that of hidden_states may
     be nothing but rounding, as where softmax ignores what all its inputs have in common, and counts by the size of that.
     """
-    rest: Results = {n: t if t is None or dtype is None else t.to(dtype) for n, t in results.items() if n not in names}
+    rest: Results = {n: t if dtype is None else t.to(dtype) for n, t in results.items() if n not in names}
     if not names:
         return rest
     anchor = "gradient of hidden_states"
-    sizes = {n: float(truth[n].double().norm()) for n in (anchor, *names)}  # type: ignore[union-attr]
-    scaled = [results[n].to(dtype or truth[n].dtype) / (max(sizes[n], sizes[anchor]) or 1.0) for n in sizes]  # type: ignore[union-attr]
+    sizes = {n: float(truth[n].double().norm()) for n in (anchor, *names)}
+    scaled = [results[n].to(dtype or truth[n].dtype) / (max(sizes[n], sizes[anchor]) or 1.0) for n in sizes]
     return rest | {f"{anchor} and of what routes them": torch.cat([t.flatten() for t in scaled])}
 
 
-def _is_of(found: Found, name: str) -> bool:
+def _is_of(found: RoutedExperts, name: str) -> bool:
     return name.startswith(f"{found.container}.")
 
 
@@ -169,7 +167,7 @@ def _related_tokens(hidden: int, tokens: int, like: Tensor) -> Tensor:
     return normal((2, 1, hidden), like, 0) + 0.25 * normal((2, tokens // 2, hidden), like, 1)
 
 
-def _by_kind(found: Found, names: Sequence[str], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Results:
+def _by_kind(found: RoutedExperts, names: Sequence[str], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Results:
     """Gradients by the name of the parameter without its expert: together they are judged, since one expert has few tokens."""
     parts: dict[str, list[Tensor]] = {}
     for name, leaf, grad in zip(names, leaves, grads, strict=True):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional, reference
-from ..experts import ExpertSpec, ExpertWeights, Projection
+from ..experts import ExpertSpec, ExpertWeights, Projection, StackedWeights
+from ..integrations.usable import Refused
 from ..testing import ErrorReport, compare
 
 #: Tokens of a proof: at least this many, and more for narrow experts, so that errors are judged over enough numbers to be typical.
@@ -36,7 +37,7 @@ class Proof:
     figures: dict[str, ErrorReport] = field(default_factory=dict)
 
 
-Results = dict[str, Tensor | None]
+Results = dict[str, Tensor]
 
 
 def attempt(proof: Callable[..., Proof], *args: Any) -> Proof:
@@ -45,6 +46,8 @@ def attempt(proof: Callable[..., Proof], *args: Any) -> Proof:
         return proof(*args)
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except Refused as refused:
+        return Proof(str(refused))
     except Exception as error:
         return Proof(f"could not be proven: {type(error).__name__}: {error}")
 
@@ -57,7 +60,6 @@ def judge(old: Results, new: Results, plain: Results, truth: Results, terms: int
     proof = Proof()
     for name, exact in truth.items():
         expected = plain[name]
-        assert exact is not None and expected is not None
         if not bool(torch.isfinite(exact).all()):
             return Proof(f"could not be proven: its {name} is not finite; are the weights initialised?")
         own = 0.0
@@ -76,8 +78,8 @@ def judge(old: Results, new: Results, plain: Results, truth: Results, terms: int
     return proof
 
 
-def _measure(value: Tensor | None, plain: Tensor, truth: Tensor, terms: int) -> ErrorReport:
-    value = torch.zeros_like(plain) if value is None else value.to(plain.dtype)  # no gradient is a zero one
+def _measure(value: Tensor, plain: Tensor, truth: Tensor, terms: int) -> ErrorReport:
+    value = value.to(plain.dtype)
     if value.shape != plain.shape:
         return ErrorReport(float("inf"), 0.0)
     report = compare(value, plain, truth)
@@ -138,14 +140,14 @@ def prove_weights(weights: ExpertWeights, spec: ExpertSpec, trainable: bool) -> 
 
 
 def subset(weights: ExpertWeights, experts: list[int]) -> ExpertWeights:
-    def pick(value: Any) -> Any:
-        if value is None or isinstance(value, Tensor):
-            return None if value is None else value[experts].detach()
+    def pick(_: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[experts].detach()
         return [value[e].detach() for e in experts]  # of a projection: the matrices it multiplies with
 
-    if isinstance(weights.gate_up_proj, Projection):
+    if weights.stacked and not weights.fusable:
         raise TypeError("stacked projections cannot be proven by themselves")
-    return ExpertWeights(**{name: pick(value) for name, value in vars(weights).items()})
+    return weights.mapped(pick)
 
 
 def _leaves(weights: ExpertWeights, dtype: torch.dtype, trainable: bool) -> tuple[ExpertWeights, list[tuple[str, Tensor]]]:
@@ -156,30 +158,28 @@ def _leaves(weights: ExpertWeights, dtype: torch.dtype, trainable: bool) -> tupl
         leaves.extend([(name, t)] if trainable else [])
         return t
 
-    copied = {
-        name: None if value is None else leaf(name, value) if isinstance(value, Tensor) else [leaf(name, t) for t in value]
-        for name, value in vars(weights).items()
-    }
-    return ExpertWeights(**copied), leaves
+    return weights.mapped(lambda name, v: leaf(name, v) if isinstance(v, Tensor) else [leaf(name, t) for t in v]), leaves
 
 
 def sizes_of(weights: ExpertWeights, spec: ExpertSpec) -> tuple[Tensor, int, int]:
     """A tensor with the dtype and device to prove in, H, and I (2I for gate and up together)."""
-    if isinstance(weights.gate_up_proj, Tensor):
+    if isinstance(weights, StackedWeights) and isinstance(weights.gate_up_proj, Tensor):
         _, out, width = weights.gate_up_proj.mT.shape if spec.transposed else weights.gate_up_proj.shape
         return weights.gate_up_proj, width, out
-    up = weights.expert(0, spec)["up"]
-    assert up is not None
+    up = weights.expert(0, spec).up
     return up.detach(), up.shape[1], up.shape[0]
 
 
-def detached(weights: ExpertWeights) -> ExpertWeights:
-    def detach(value: Any) -> Any:
-        if value is None or isinstance(value, Projection):
+_Weights = TypeVar("_Weights", bound=ExpertWeights)
+
+
+def detached(weights: _Weights) -> _Weights:
+    def detach(_: str, value: Any) -> Any:
+        if isinstance(value, Projection):
             return value
         return value.detach() if isinstance(value, Tensor) else [t.detach() for t in value]
 
-    return ExpertWeights(**{name: detach(value) for name, value in vars(weights).items()})
+    return weights.mapped(detach)
 
 
 def count_of(inner: int) -> int:
@@ -209,11 +209,11 @@ def away_from_kinks(x: Tensor, weights: ExpertWeights, spec: ExpertSpec) -> Tens
     if spec.gate_fn is not None or (spec.limit is None and spec.activation != "relu"):
         return kept
     for e in range(weights.num_experts):
-        part = {name: None if t is None else t.double() for name, t in weights.expert(e, spec).items()}
-        for name in ("gate", "up"):
-            if (weight := part[name]) is None:
+        part = weights.expert(e, spec).to(torch.float64)
+        for name, weight, bias in (("gate", part.gate, part.gate_bias), ("up", part.up, part.up_bias)):
+            if weight is None:
                 continue
-            value = F.linear(x.double(), weight, part[f"{name}_bias"])
+            value = F.linear(x.double(), weight, bias)
             # Two roundings of the value, as by a product and a bias that is added to it, and as much again.
             near = 2 * torch.finfo(x.dtype).eps * value.abs().clamp(min=1.0)
             kinks = [0.0] if spec.activation == "relu" else []

@@ -1,51 +1,139 @@
 """Which modules of a model look like experts, by their structure alone: nothing is run, no class name is asked.
 
 Behind transformers' decorator (its flags say the layout), stacked or flattened parameters, lists of alike MLPs, grouped linear layers.
-What those without a decorator compute, and where their routing is, is found out by `search` and proven. Everything that looks like
+What those without a decorator compute, and where their routing is, is found out by `candidates` and proven. Everything that looks like
 experts and is not supported is listed with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...experts import ExpertSpec
 from .. import transformers_facts
-from ..formulas import Formula, activation_name, own_formula, stacked_formula
-from ..run import listed, stacks
-from ..sandbox import replaced_method, undisturbed
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ..formulas import Formula, own_formula, plain_candidates
+from ..run import decorated, listed
+from ..run.patch import Reader
+from ..run.stacks import stacks
+from ..usable import Refused, require_own_method, require_plain, require_usable
+from . import layouts
+from .alike import are_experts, linears, require_alike, require_known_activation
 
 
 @dataclass
 class Found:
-    """One set of experts, or a reason why it is none for us.
-
-    kind: "decorated" (with its formula), "stacked" and "listed" (to be searched), "linear" (a grouped linear layer), "other".
-    owner: what is run to see the routing: the module itself where it routes, else the module around it.
-    container: of listed experts, the name of the list in the module, or "" if the module is the list.
-    """
+    """One set of experts. layout: what the report says of its weights."""
 
     module: nn.Module
-    kind: str
     layout: str
-    formula: Formula | None = None
-    reason: str | None = None
-    owner: nn.Module | None = None
-    container: str = ""
-    name: str = ""
-    adapted: bool = False  # an adapter is around it
+    name: str = field(default="", kw_only=True)
+    adapted: bool = field(default=False, kw_only=True)  # an adapter is around it
 
 
-def find(model: nn.Module) -> list[Found]:
+@dataclass
+class DecoratedExperts(Found):
+    """Experts behind transformers' decorator. formula: what they compute, or why we cannot compute it in their place."""
+
+    formula: Formula | Refused
+
+
+@dataclass
+class RoutedExperts(Found, ABC):
+    """Experts whose routing is found by running `owner`: the module itself where it routes, else the module around it."""
+
+    owner: nn.Module
+
+    @property
+    def container(self) -> str:
+        """The name of the child that is the list of experts; "" where the module itself holds them."""
+        return ""
+
+    def experts(self) -> nn.Module:
+        """The module that holds the experts and nothing else."""
+        return listed.container_of(self.module, self.container)
+
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Every number that may be H, the likely ones first."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """E, or 0 where only the weights can tell."""
+
+    @abstractmethod
+    def may_return_inputs(self) -> bool:
+        """Whether there may be experts that return their input."""
+
+    @abstractmethod
+    def candidates(self, hidden: int) -> Iterator[tuple[Reader, list[Formula]]]:
+        """Every layout that the shapes allow for this H, with the formulas it may go with."""
+
+
+@dataclass
+class StackedExperts(RoutedExperts):
+    """Experts in parameters of the module, stacked `[E, ...]` or flattened."""
+
+    def sizes(self) -> list[int]:
+        shapes = [t.shape for t in stacks(self.module).values()]
+        depth = max(len(s) for s in shapes)
+        return list(dict.fromkeys(n for s in shapes if len(s) == depth for n in (s[1:] if depth == 3 else tuple(reversed(s)))))
+
+    def count(self) -> int:
+        return 0
+
+    def may_return_inputs(self) -> bool:
+        rows = {t.shape[0] for t in stacks(self.module).values() if t.dim() == 3}
+        return len(rows) > 1 or any(type(child) is nn.Identity for child in self.module.children())
+
+    def candidates(self, hidden: int) -> Iterator[tuple[Reader, list[Formula]]]:
+        for reader, spec in layouts.layouts(self.module, hidden):
+            formulas = plain_candidates(self.module, spec.gated)
+            yield reader, [Formula(layouts.with_formula(spec, f.spec), f.own_gate) for f in formulas]
+
+
+@dataclass
+class ListedExperts(RoutedExperts):
+    """Experts that are modules of their own, in the list `child` of the module, or in the module itself."""
+
+    child: str
+
+    @property
+    def container(self) -> str:
+        return self.child
+
+    def sizes(self) -> list[int]:
+        layers = linears(listed.members(self.experts())[0])
+        return list(dict.fromkeys(int(n) for m in layers.values() for n in (m.in_features, m.out_features)))
+
+    def count(self) -> int:
+        return len(listed.members(self.experts()))
+
+    def may_return_inputs(self) -> bool:
+        return listed.identities(self.experts()) > 0
+
+    def candidates(self, hidden: int) -> Iterator[tuple[Reader, list[Formula]]]:
+        expert = listed.members(self.experts())[0]
+        for projections in layouts.projections(linears(expert), hidden):
+            yield listed.ListedReader(self.child, projections), list(plain_candidates(expert, projections[0] is not None))
+
+
+@dataclass
+class LinearExperts(Found):
+    """A block whose experts are grouped linear layers, called with rows and their counts."""
+
+
+@dataclass
+class Unsupported(Found):
+    """What looks like experts, and why we cannot compute it."""
+
+    refused: Refused
+
+
+def find_experts(model: nn.Module) -> list[Found]:
     """Every set of experts in `model`, each module once, in the order of `named_modules`."""
     found: list[Found] = []
     inside: set[nn.Module] = set()
@@ -67,14 +155,14 @@ def find(model: nn.Module) -> list[Found]:
 
 def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | None:
     if transformers_facts.is_decorated(module):
-        return stacked(module)
+        return _decorated(module)
     if transformers_facts.is_wrapper(module):  # its parameters are those of an adapter, and what it wraps comes next
         return None
     for child_name, child in module._modules.items():
-        if type(child) in (nn.ModuleList, nn.ModuleDict) and _are_experts(child) and _routes(module, child):
+        if type(child) in (nn.ModuleList, nn.ModuleDict) and are_experts(child) and _routes(module, child):
             return _listed(module, child_name, module)
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        if type(module).__module__.startswith("torch.nn.") or not _are_experts(module) or parent is None or not _routes(parent, module):
+        if type(module).__module__.startswith("torch.nn.") or not are_experts(module) or parent is None or not _routes(parent, module):
             return _other(name, module)
         return _listed(module, "", parent)
     if type(module).__module__.startswith("torch.nn."):
@@ -82,88 +170,67 @@ def _examine(name: str, module: nn.Module, parent: nn.Module | None) -> Found | 
     return _stacks(module, parent) or _other(name, module)
 
 
-# --------------------------------------------------------------------------------------------------------------------- decorated
-def stacked(module: nn.Module) -> Found:
-    """Experts behind transformers' decorator. The flags say the layout; shapes are never asked (square weights are ambiguous)."""
-    reason = _decorated_reason(module)
-    formula = stacked_formula(module) if reason is None else None
-    layout = _decorated_layout(module, (formula or own_formula(module)).spec)
-    return Found(module, "decorated", layout, formula, reason)
+# --------------------------------------------------------------------------------------------------------------------- by kind
+def _decorated(module: nn.Module) -> DecoratedExperts:
+    try:
+        formula: Formula | Refused = decorated.formula_of(module)
+    except Refused as refused:
+        formula = refused.with_traceback(None)
+    spec = (own_formula(module) if isinstance(formula, Refused) else formula).spec
+    return DecoratedExperts(module, decorated.layout_of(module, spec), formula)
 
 
-def _decorated_layout(module: nn.Module, spec: ExpertSpec) -> str:
-    rows = "2I" if spec.gated else "I"
-    words = [f"stacked [E,H,{rows}]" if spec.transposed else f"stacked [E,{rows},H]"]
-    words += ["interleaved"] if spec.interleaved else []
-    words += ["bias"] if transformers_facts.flag(module, "has_bias") else []
-    return ", ".join(words)
+def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
+    experts = listed.container_of(module, container)
+    try:
+        require_plain(experts)
+        require_own_method(module)
+        require_alike(experts, container or "expert")
+        listed.require_no_hooks(experts)
+        require_known_activation(experts)
+    except Refused as refused:
+        return Unsupported(module, "module list", refused.with_traceback(None))
+    return ListedExperts(module, "module list", owner, container)
 
 
-def _decorated_reason(module: nn.Module) -> str | None:
-    if transformers_facts.registry_of(module) is not transformers_facts.experts_registry():
-        return f"its class runs through a registry of its own, {type(transformers_facts.registry_of(module)).__name__}"
-    if transformers_facts.experts_implementation(module) in transformers_facts.LOCKED_IMPLEMENTATIONS:
-        return f"experts_implementation={transformers_facts.experts_implementation(module)!r} has rewritten the weights at load time"
-    first = "gate_up_proj" if transformers_facts.flag(module, "has_gate") else "up_proj"
-    names = {first: 3, "down_proj": 3}
-    if transformers_facts.flag(module, "has_bias"):
-        names |= {f"{first}_bias": 2, "down_proj_bias": 2}
-    dtypes = set()
-    for name, dim in names.items():
-        t = getattr(module, name, None)
-        if not isinstance(t, Tensor):
-            return f"{name} is missing"
-        if t.dim() != dim:
-            return f"{name} has shape {tuple(t.shape)}, expected {dim} dimensions"
-        dtypes.add(t.dtype)
-    # Below a hook of accelerate its forward still asks the registry, when the weights are where they are needed.
-    replaced = None if transformers_facts.has_accelerate_hook(module) else replaced_method(module)
-    return _wrapped_reason(module) or _dtype_reason(dtypes) or replaced
-
-
-def _wrapped_reason(module: nn.Module) -> str | None:
-    other = next((p for p in module.parameters() if is_traceable_wrapper_subclass(p)), None)
-    return None if other is None else f"a weight is a {type(other).__name__}, not a plain tensor: enable before the model is sharded"
-
-
-def _dtype_reason(dtypes: set[torch.dtype]) -> str | None:
-    names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    if len(dtypes) > 1:
-        return f"its weights have different dtypes: {names}"
-    if not dtypes <= set(DTYPES):
-        return f"its weights are {names}; supported are float64, float32, bfloat16, float16"
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------------ own parameters
 def _stacks(module: nn.Module, parent: nn.Module | None) -> Found | None:
-    own_stacks = stacks.stacks(module)
-    cubes = [t for t in own_stacks.values() if t.dim() == 3]
-    own = [p for p in module._parameters.values() if p is not None]
+    own_stacks = stacks(module)
+    cubes = {n: t for n, t in own_stacks.items() if t.dim() == 3}
     arguments = len(inspect.signature(type(module).forward).parameters) - 1
     linear = grouped_linears(module)
     if linear and (arguments == 1 or "" in linear):
-        reasons = (replaced_method(child) for child in linear.values())
-        reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in cubes}) or next((r for r in reasons if r is not None), None)
-        return Found(
-            module,
-            "linear",
-            "grouped linear, " + ", ".join(f"{n} {list(t.shape)}" for n, t in own_stacks.items() if t.dim() == 3),
-            reason=reason,
-        )
-    if parent is None or not stacks.has_stacks(module) or not (arguments > 1 or any(p.dim() == 3 for p in own)):
+        return _linear(module, linear, cubes)
+    own = [p for p in module._parameters.values() if p is not None]
+    if parent is None or not layouts.has_stacks(module) or not (arguments > 1 or any(p.dim() == 3 for p in own)):
         return None
     if any(len([p for p in child.parameters(recurse=False) if p.dim() == 3]) > 1 for child in module.children()):
         return None  # these are the experts of a child
     inside = {id(t) for t in own_stacks.values()}
-    alone = bool(cubes) and any(id(p) not in inside and _has_side(p, cubes[0].shape[0]) for p in _near_parameters(module, 1))
-    owner = module if alone else parent
-    if not alone and not _routes(parent, module, cubes[0].shape[0] if cubes else None):
+    count = next((t.shape[0] for t in cubes.values()), None)
+    alone = count is not None and any(id(p) not in inside and _has_side(p, count) for p in _near_parameters(module, 1))
+    if not alone and not _routes(parent, module, count):
         return None
-    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in own_stacks.items() if t.dim() == (3 if cubes else 2))
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (cubes or own_stacks).items() if t.dim() == (3 if cubes else 2))
     layout = f"stacked, {shapes}" if cubes else f"flattened, {shapes}"
-    reason = _wrapped_reason(module) or _dtype_reason({t.dtype for t in own_stacks.values()}) or replaced_method(module)
-    return Found(module, "stacked", layout, reason=reason, owner=owner)
+    try:
+        require_plain(module)
+        require_usable(list(own_stacks.values()))
+        require_own_method(module)
+    except Refused as refused:
+        return Unsupported(module, layout, refused.with_traceback(None))
+    return StackedExperts(module, layout, module if alone else parent)
+
+
+def _linear(module: nn.Module, linear: dict[str, nn.Module], cubes: dict[str, Tensor]) -> Found:
+    layout = "grouped linear, " + ", ".join(f"{n} {list(t.shape)}" for n, t in cubes.items())
+    try:
+        require_plain(module)
+        require_usable(list(cubes.values()))
+        for child in linear.values():
+            require_own_method(child)
+    except Refused as refused:
+        return Unsupported(module, layout, refused.with_traceback(None))
+    return LinearExperts(module, layout)
 
 
 def grouped_linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -216,103 +283,21 @@ def _near_parameters(module: nn.Module, depth: int) -> Iterator[nn.Parameter]:
                 yield from _near_parameters(child, depth - 1)
 
 
-# -------------------------------------------------------------------------------------------------------------------- module lists
-def _are_experts(container: Any) -> bool:
-    """Several modules of one class, each of two or three linear layers and things without parameters."""
-    experts = listed.members(container)
-    return len(experts) > 1 and len({type(e) for e in experts}) == 1 and linears(experts[0]) is not None
-
-
-def linears(expert: nn.Module) -> dict[str, nn.Module] | None:
-    """The linear layers of one expert, or None where it is something else."""
-    if type(expert).__module__.startswith("torch.nn.") or expert._parameters:
-        return None
-    found = {n: m for n, m in expert._modules.items() if m is not None and hasattr(m, "in_features") and hasattr(m, "out_features")}
-    others = [m for n, m in expert._modules.items() if m is not None and n not in found]
-    return found if len(found) in (2, 3) and not any(True for m in others for _ in m.parameters()) else None
-
-
-def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
-    found = Found(module, "listed", "module list", owner=owner, container=container)
-    experts = listed.container_of(module, container)
-    found.reason = (
-        _wrapped_reason(experts) or replaced_method(module) or _experts_reason(experts, container or "expert") or _hook_reason(experts)
-    )
-    if found.reason is None:
-        with undisturbed(experts):
-            found.reason = _activation_reason(experts)
-    return found
-
-
-def _experts_reason(container: nn.Module, label: str) -> str | None:
-    experts = listed.members(container)
-    first: list[Any] | None = None
-    for i, expert in enumerate(experts):
-        found = linears(expert) or {}
-        shapes = [(n, m.in_features, m.out_features, m.bias is not None) for n, m in found.items()]
-        first = first or shapes
-        for name, *_ in first:
-            if name not in found and not hasattr(child := getattr(expert, name, None), "in_features"):
-                return f"{label}.{i}.{name} is a {type(child).__name__}, not a linear layer"
-        if shapes != first:
-            return f"{label}.{i} differs in shapes or biases from {label}.0"
-        if i and (difference := _differs(experts[0], expert)) is not None:
-            return f"{label}.{i} has another {difference} than {label}.0"
-        reason = replaced_method(expert)
-        if reason:
-            return f"{label}.{i}: {reason}"
-        for name, child in expert._modules.items():
-            if isinstance(child, nn.Dropout) and child.p > 0:
-                return f"{label}.{i}.{name} drops out with p={child.p}, between its projections"
-    return None
-
-
-def _hook_reason(container: nn.Module) -> str | None:
-    seen = listed.look(container, ())
-    return seen if isinstance(seen, str) else None
-
-
-def _differs(first: nn.Module, other: nn.Module) -> str | None:
-    """The part or the number in which two experts of one class differ; whole numbers may count them."""
-    layers = linears(first) or {}
-    parts = [("", first, other), *((n, first._modules[n], other._modules.get(n)) for n in first._modules if n not in layers)]
-    for name, a, b in parts:
-        if a is None or b is None or type(a) is not type(b):
-            return name
-        for key, value in vars(a).items():
-            if isinstance(value, (bool, float, str)) and key != "training" and vars(b).get(key) != value:
-                return f"{name}.{key}".removeprefix(".")
-    return None
-
-
-def _activation_reason(container: nn.Module) -> str | None:
-    names: dict[int, str | None] = {}
-    for expert in listed.members(container):
-        act_fn = getattr(expert, "act_fn", None)
-        if act_fn is not None and id(act_fn) not in names:
-            names[id(act_fn)] = activation_name(act_fn)
-            if names[id(act_fn)] is None:
-                return f"act_fn {getattr(act_fn, '__name__', type(act_fn).__name__)} of its experts is not known"
-    if len(set(names.values())) > 1:
-        return f"its experts have different activations: {', '.join(sorted(map(str, set(names.values()))))}"
-    return None
-
-
 # -------------------------------------------------------------------------------------------------------------------------- other
 def _other(name: str, module: nn.Module) -> Found | None:
     """Weights that look like experts, with the reason why they are not supported."""
     last = name.rpartition(".")[2].lower()
     if type(module).__module__.startswith("moe_ext."):
-        return Found(module, "other", "moe_ext", reason=f"it is a moe_ext.{type(module).__name__} already")
+        return Unsupported(module, "moe_ext", Refused(f"it is a moe_ext.{type(module).__name__} already"))
     if ("expert" not in last and "expert" not in type(module).__name__.lower()) or "shared" in last:
         return None
     stacks = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() == 3]
     if stacks:
-        return Found(module, "other", "stacked", reason=f"{', '.join(stacks)} are no two or three matrices per expert beside a router")
+        return Unsupported(module, "stacked", Refused(f"{', '.join(stacks)} are no two or three matrices per expert beside a router"))
     if isinstance(module, (nn.ModuleDict, nn.ModuleList)) and len(module) > 1:
         one = next(iter(module._modules.values()))
         reason = f"its experts ({type(one).__name__}) are not alike MLPs of two or three linear layers beside a router"
-        return Found(module, "other", type(module).__name__, reason=reason)
+        return Unsupported(module, type(module).__name__, Refused(reason))
     if any(p.dim() > 1 for p in module.parameters(recurse=False)):
-        return Found(module, "other", "unknown", reason="its weights are neither stacked in three dimensions nor a list of MLPs")
+        return Unsupported(module, "unknown", Refused("its weights are neither stacked in three dimensions nor a list of MLPs"))
     return None

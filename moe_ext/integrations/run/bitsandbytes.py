@@ -1,8 +1,9 @@
 """Experts that are bitsandbytes `Linear4bit` modules (NF4 or FP4): frozen, and run grouped on the packed weights as they are.
 
-`read` turns the E modules of one projection into a `Projection`, or says why their own forward must run. A product dequantizes the
-experts that have rows, a chunk of bounded size at a time, with bitsandbytes' own op, and again in the backward; with a `DenseCache`
-it does so only when their contents have changed. Importing this imports no bitsandbytes: whoever has a Linear4bit has loaded it.
+`read` turns the E modules of one projection into a `Projection`, or raises Refused where their own forward must run. A product
+dequantizes the experts that have rows, a chunk of bounded size at a time, with bitsandbytes' own op, and again in the backward; with
+a `DenseCache` it does so only when their contents have changed. Importing this imports no bitsandbytes: whoever has a Linear4bit has
+loaded it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import ops
 from ...experts import Projection
-from ..usable import autocast_is_on
+from ..usable import Refused, autocast_is_on
 
 #: Dense bytes that one chunk of experts may take on the CPU; a single expert may be larger. Small chunks stay in the processor's
 #: caches between being written and being read, larger ones spread over more threads.
@@ -44,8 +45,8 @@ def _linear4bit() -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- reading
-def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseCache | None = None) -> Quantized4bit | str:
-    """The weights of the E modules of one projection at this moment, or the reason why their own forward must run.
+def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseCache | None = None) -> Quantized4bit:
+    """The weights of the E modules of one projection at this moment; raises Refused where their own forward must run.
 
     like: the input of the call. It decides the compute dtype of modules that have none yet, for good, as their own first forward
     would. Hooks and replaced forwards are the caller's to look for. Runs once per forward over all experts.
@@ -60,7 +61,7 @@ def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseC
             if type(linear) is not known:
                 known = type(linear)
                 if kind is None or not issubclass(known, kind) or known.forward is not kind.forward:
-                    return f"expert {i} is a {known.__name__}, not a Linear4bit of bitsandbytes"
+                    raise Refused(f"expert {i} is a {known.__name__}, not a Linear4bit of bitsandbytes")
             attributes = linear.__dict__
             weight = attributes["_parameters"].get("weight")
             # FSDP and others rebuild the parameter without its state; the module keeps it.
@@ -72,12 +73,13 @@ def read(linears: Sequence[nn.Module], like: Tensor | None = None, cache: DenseC
             weights.append(_Weight(linear, weight, state))
         examples = [weights[i] for i in distinct.values()]
         for i, example in zip(distinct.values(), examples, strict=True):
-            reason = _unusable(example, weights[0], like)
-            if reason is not None:
-                return f"the 4-bit weight of expert {i} {reason}"
+            try:
+                _check(example, weights[0], like)
+            except Refused as refused:
+                raise Refused(f"the 4-bit weight of expert {i} {refused}") from None
     dtypes = {dtype for w in examples if (dtype := _compute_dtype(w.linear, like)) is not None}
     if len(dtypes) > 1 or not dtypes <= set(COMPUTE_DTYPES):
-        return f"its 4-bit experts compute in {', '.join(sorted(_name(d) for d in dtypes))}"
+        raise Refused(f"its 4-bit experts compute in {', '.join(sorted(_name(d) for d in dtypes))}")
     if like is not None:
         _decide_compute_dtype(linears, like)
     return Quantized4bit(weights, dtypes.pop() if dtypes else None, cache)
@@ -90,7 +92,7 @@ class _Weight(NamedTuple):
 
 
 def _signature(attributes: dict[str, Any], weight: Any, state: Any) -> tuple[Any, ...]:
-    """All that `_unusable` and `_compute_dtype` look at."""
+    """All that `_check` and `_compute_dtype` look at."""
     if weight is None or state is None:
         return weight is None, state is None
     fields = state.__dict__
@@ -102,37 +104,36 @@ def _signature(attributes: dict[str, Any], weight: Any, state: Any) -> tuple[Any
     )  # fmt: skip
 
 
-def _unusable(w: _Weight, first: _Weight, like: Tensor | None) -> str | None:
+def _check(w: _Weight, first: _Weight, like: Tensor | None) -> None:
     weight, state = w.weight, w.state
     if weight is None:
-        return "is missing or is computed by a parametrization"
+        raise Refused("is missing or is computed by a parametrization")
     if not isinstance(weight, sys.modules["bitsandbytes"].nn.Params4bit) and type(weight) not in (nn.Parameter, Tensor):
-        return f"is a {type(weight).__name__}, not a plain tensor"
+        raise Refused(f"is a {type(weight).__name__}, not a plain tensor")
     if state is None:
-        return "has no quant_state: it is not quantized yet, or has lost it"
+        raise Refused("has no quant_state: it is not quantized yet, or has lost it")
     if weight.requires_grad:
-        return "requires a gradient, which packed values cannot have"
+        raise Refused("requires a gradient, which packed values cannot have")
     device = first.weight.device if like is None else like.device
     if weight.device != device or state.absmax.device != device:
-        return f"is on {weight.device}, its scales on {state.absmax.device}, where {device} is needed"
+        raise Refused(f"is on {weight.device}, its scales on {state.absmax.device}, where {device} is needed")
     shape = (w.linear.out_features, w.linear.in_features)
     if state.shape != shape or state.shape != first.state.shape:
-        return f"has shape {state.shape}, where its module says {shape} and expert 0 has {first.state.shape}"
-    return _damaged(weight, state)
+        raise Refused(f"has shape {state.shape}, where its module says {shape} and expert 0 has {first.state.shape}")
+    _check_sizes(weight, state)
 
 
-def _damaged(weight: Tensor, state: Any) -> str | None:
+def _check_sizes(weight: Tensor, state: Any) -> None:
     """Sizes are checked because the kernels of bitsandbytes do not: they would read past the end of a sharded weight."""
     numbers, absmax = state.shape.numel(), state.absmax
     if weight.nbytes != (numbers + 1) // 2:
-        return f"holds {weight.nbytes} bytes, where {numbers} packed values take {(numbers + 1) // 2}: is it sharded?"
+        raise Refused(f"holds {weight.nbytes} bytes, where {numbers} packed values take {(numbers + 1) // 2}: is it sharded?")
     if _is_cpu_layout(state) and weight.shape[0] != state.shape[0]:
-        return "is in the usual layout, its quant_state in the one for the CPU"
+        raise Refused("is in the usual layout, its quant_state in the one for the CPU")
     expected = (torch.bfloat16, 2) if _is_cpu_layout(state) else (torch.uint8, 1) if state.nested else (torch.float32, 1)
     # Delete when `_convert_weight_packed_for_cpu_inverse` restores scales that are not nested: `state_dict()` leaves them wrong.
     if (absmax.dtype, absmax.dim()) != expected or absmax.numel() != -(numbers // -state.blocksize):
-        return f"has scales of {_name(absmax.dtype)} {list(absmax.shape)} for {numbers} values in blocks of {state.blocksize}"
-    return None
+        raise Refused(f"has scales of {_name(absmax.dtype)} {list(absmax.shape)} for {numbers} values in blocks of {state.blocksize}")
 
 
 def _compute_dtype(linear: Any, like: Tensor | None) -> torch.dtype | None:
@@ -352,7 +353,7 @@ def _undo_cpu_layout(data: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 @contextlib.contextmanager
-def undisturbed(root: nn.Module) -> Iterator[None]:
+def weights_kept(root: nn.Module) -> Iterator[None]:
     """Inside, the forward of a `Linear4bit` below `root` leaves its weight alone, and has a gradient also where it was rewritten before.
 
     Afterwards weights, and the compute dtypes and dtypes of biases that a forward decides for good, are what they were.

@@ -1,4 +1,4 @@
-"""Stacked experts of transformers >= 5: the experts implementation "moe_ext", and what it keeps on each module.
+"""Experts behind transformers' decorator (>= 5): the experts implementation "moe_ext", and what it keeps on each module.
 
 transformers calls `experts_forward(module, hidden_states, top_k_index, top_k_weights)` with hidden_states `[T,H]` and routing
 `[T,K]` from the model's own router. The weights are attributes of the module, read at each call: adapters that replace them by
@@ -8,19 +8,18 @@ is in no state_dict.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import functional
-from ...experts import ExpertWeights
+from ...experts import ExpertSpec, StackedWeights
 from .. import formulas, transformers_facts
-from ..find import modules
-from ..sandbox import replaced_method
-from ..usable import DISABLE_VARIABLE, autocast_is_on, disabled_by_environment, log_once
+from ..usable import Refused, log_once, require_enabled, require_own_method, require_plain, require_usable
 from . import peft
 
 #: The name in transformers' registry of experts implementations.
@@ -29,22 +28,164 @@ IMPLEMENTATION = "moe_ext"
 _PLAN = "_moe_ext_plan"
 
 
-@dataclass
-class StackedPlan:
-    """How one module is run: `reason` says why its previous implementation keeps running, or is None."""
+# ------------------------------------------------------------------------------------------------------------------- what it is
+def layout_of(module: nn.Module, spec: ExpertSpec) -> str:
+    """What the report says of the weights. The flags of the class tell; shapes are never asked (square weights are ambiguous)."""
+    rows = "2I" if spec.gated else "I"
+    words = [f"stacked [E,H,{rows}]" if spec.transposed else f"stacked [E,{rows},H]"]
+    words += ["interleaved"] if spec.interleaved else []
+    words += ["bias"] if transformers_facts.flag(module, "has_bias") else []
+    return ", ".join(words)
 
-    formula: formulas.Formula | None
-    reason: str | None = None
-    previous: str | None = field(default=None)
-    proven: bool = False
-    act_fn: type | None = None
+
+def formula_of(module: nn.Module) -> formulas.Formula:
+    """The formula that a decorated module computes by; raises Refused where we cannot compute in its place."""
+    if not _asks_the_registry(module):
+        raise Refused(f"its class runs through a registry of its own, {type(transformers_facts.registry_of(module)).__name__}")
+    implementation = transformers_facts.experts_implementation(module)
+    if implementation in transformers_facts.LOCKED_IMPLEMENTATIONS:
+        raise Refused(f"experts_implementation={implementation!r} has rewritten the weights at load time")
+    stacks = _checked_stacks(module)
+    require_plain(module)
+    require_usable(stacks)
+    # Below a hook of accelerate its forward still asks the registry, when the weights are where they are needed.
+    if not transformers_facts.has_accelerate_hook(module):
+        require_own_method(module)
+    return formulas.decorated_formula(module)
+
+
+def _checked_stacks(module: nn.Module) -> list[Tensor]:
+    first, down = stack_names(module)
+    dims = {first: 3, down: 3}
+    if transformers_facts.flag(module, "has_bias"):
+        dims |= {f"{first}_bias": 2, f"{down}_bias": 2}
+    found = []
+    for name, dim in dims.items():
+        t = getattr(module, name, None)
+        if not isinstance(t, Tensor):
+            raise Refused(f"{name} is missing")
+        if t.dim() != dim:
+            raise Refused(f"{name} has shape {tuple(t.shape)}, expected {dim} dimensions")
+        found.append(t)
+    return found
+
+
+def _asks_the_registry(module: nn.Module) -> bool:
+    return transformers_facts.registry_of(module) is transformers_facts.experts_registry()
+
+
+def can_share_config(module: nn.Module) -> bool:
+    """Whether a decorated module still works when its config names our implementation, even if it is skipped."""
+    return _asks_the_registry(module) and transformers_facts.experts_implementation(module) not in transformers_facts.LOCKED_IMPLEMENTATIONS
+
+
+def stack_names(module: nn.Module) -> tuple[str, str]:
+    """The names of the two stacks of weights."""
+    return ("gate_up_proj" if transformers_facts.flag(module, "has_gate") else "up_proj", "down_proj")
+
+
+def read_weights(module: nn.Module) -> StackedWeights:
+    """The tensors that `module` computes with at this moment."""
+    gate_up, down = stack_names(module)
+    biased = transformers_facts.flag(module, "has_bias")
+    return StackedWeights(
+        gate_up_proj=getattr(module, gate_up),
+        down_proj=getattr(module, down),
+        gate_up_bias=getattr(module, f"{gate_up}_bias") if biased else None,
+        down_bias=getattr(module, f"{down}_bias") if biased else None,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------- the plans
+@dataclass
+class Plan(ABC):
+    """How one module is run whose config names our implementation. previous: the implementation that it had before."""
+
+    previous: str | None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model dispatches on the name in its config: the process it arrives in must know the name.
         self.__dict__.update(state)
         register()
 
+    @abstractmethod
+    def read(self, module: nn.Module, hidden_states: Tensor) -> StackedWeights:
+        """The weights for a call; raises Refused where the previous implementation has to run."""
 
+    @abstractmethod
+    def run(self, module: nn.Module, weights: StackedWeights, *args: Tensor) -> Tensor:
+        """The result of a call with hidden_states, top_k_index and top_k_weights."""
+
+
+@dataclass
+class Enabled(Plan):
+    """Ours runs, by this formula, as long as its act_fn is of that class."""
+
+    formula: formulas.Formula
+    act_fn: type
+
+    def read(self, module: nn.Module, hidden_states: Tensor) -> StackedWeights:
+        require_enabled()
+        act_fn = getattr(module, "act_fn", None)
+        if type(act_fn) is not self.act_fn and not self.formula.own_gate:
+            raise Refused(f"its act_fn is another than when it was enabled, a {type(act_fn).__name__}")
+        return read_adapted(module, hidden_states)
+
+    def run(self, module: nn.Module, weights: StackedWeights, *args: Tensor) -> Tensor:
+        hidden_states, top_k_index, top_k_weights = args
+        out = functional.grouped_experts(hidden_states, top_k_index, top_k_weights, weights, self.formula.resolve(module))
+        return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)  # autocast computes in its own dtype
+
+
+@dataclass
+class Skipped(Plan):
+    """The previous implementation runs, because others with the same config were enabled and this one was not."""
+
+    reason: str
+
+    def read(self, module: nn.Module, hidden_states: Tensor) -> StackedWeights:
+        raise Refused(self.reason)
+
+    def run(self, module: nn.Module, weights: StackedWeights, *args: Tensor) -> Tensor:
+        return run_implementation(module, self.previous, *args)
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    return getattr(module, _PLAN, None)
+
+
+def plan_for(module: nn.Module, formula: formulas.Formula, previous: str | None) -> Enabled:
+    return Enabled(previous, formula, type(getattr(module, "act_fn", None)))
+
+
+def is_enabled(module: nn.Module) -> bool:
+    return isinstance(plan_of(module), Enabled) and transformers_facts.experts_implementation(module) == IMPLEMENTATION
+
+
+def previous_implementation(module: nn.Module) -> str | None:
+    """What `module` dispatched on before it was enabled; what it dispatches on, if it is not enabled."""
+    plan, current = plan_of(module), transformers_facts.experts_implementation(module)
+    return plan.previous if plan is not None and current == IMPLEMENTATION else current
+
+
+def apply(module: nn.Module, plan: Plan) -> None:
+    register()
+    setattr(module, _PLAN, plan)
+    transformers_facts.set_experts_implementation(module, IMPLEMENTATION)
+
+
+def revert(module: nn.Module) -> bool:
+    """Takes back `apply`, and nothing else: an implementation that was chosen since then stays. Whether ours ran."""
+    plan = plan_of(module)
+    if plan is None:
+        return False
+    delattr(module, _PLAN)
+    if transformers_facts.experts_implementation(module) == IMPLEMENTATION:
+        transformers_facts.set_experts_implementation(module, plan.previous)
+    return isinstance(plan, Enabled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the call
 def register() -> None:
     """Makes `experts_implementation="moe_ext"` known to transformers >= 5; may be called any number of times.
 
@@ -62,54 +203,35 @@ def runs_ours(module: nn.Module, name: str) -> bool:
         return False
     if plan_of(module) is None and not (transformers_facts.is_decorated(module) and can_share_config(module)):
         return False
-    return name in stack_names(module) and replaced_method(module) is None
+    try:
+        require_own_method(module)
+    except Refused:
+        return False
+    return name in stack_names(module)
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of `self` through `moe_ext.grouped_experts`, or its previous implementation where that cannot be used now."""
-    plan = plan_of(self)
-    if plan is None:
-        plan = _plan_on_first_use(self)
-    reason = plan.reason
-    if reason is None and disabled_by_environment():
-        reason = f"{DISABLE_VARIABLE} is set"
-    if reason is None and type(getattr(self, "act_fn", None)) is not plan.act_fn and not plan.formula.own_gate:  # type: ignore[union-attr]
-        reason = f"its act_fn is another than when it was enabled, a {type(self.act_fn).__name__}"
-    weights = reason or _read_adapted(self, hidden_states)
-    if isinstance(weights, ExpertWeights):
-        assert plan.formula is not None
-        out = functional.grouped_experts(hidden_states, top_k_index, top_k_weights, weights, plan.formula.resolve(self))
-        return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)  # autocast computes in its own dtype
-    log_once(f"{type(self).__name__} runs its own {plan.previous or 'eager'} implementation: {weights}")
-    with peft.activated(self):
+    plan = plan_of(self) or _plan_on_first_use(self)
+    try:
+        weights = plan.read(self, hidden_states)
+    except Refused as refused:
+        log_once(f"{type(self).__name__} runs its own {plan.previous or 'eager'} implementation: {refused}")
+    else:
+        return plan.run(self, weights, hidden_states, top_k_index, top_k_weights)
+    with peft.activated(self) if peft.is_loaded() else contextlib.nullcontext():
         return run_implementation(self, plan.previous, hidden_states, top_k_index, top_k_weights)
 
 
-def _read_adapted(module: nn.Module, hidden_states: Tensor) -> ExpertWeights | str:
-    """The weights with the adapters that PEFT has on them now, or the reason why they cannot be used."""
+def read_adapted(module: nn.Module, hidden_states: Tensor) -> StackedWeights:
+    """The weights with the adapters that PEFT has on them now; raises Refused where the ops cannot use them."""
     weights = read_weights(module)
+    require_usable(weights.tensors(), hidden_states)
+    if not peft.is_loaded():
+        return weights
     if peft.is_materialised(module):
         log_once(f"{type(module).__name__} is called with PEFT's adapters added to whole weights; moe_ext.enable(model) again groups them")
-    return _unusable(weights, hidden_states) or peft.with_adapters(
-        module, weights, stack_names(module), transformers_facts.flag(module, "is_transposed")
-    )
-
-
-def stack_names(module: nn.Module) -> tuple[str, str]:
-    """The names of the two stacks of weights."""
-    return ("gate_up_proj" if transformers_facts.flag(module, "has_gate") else "up_proj", "down_proj")
-
-
-def read_weights(module: nn.Module) -> ExpertWeights:
-    """The tensors that `module` computes with at this moment."""
-    gate_up, down = stack_names(module)
-    biased = transformers_facts.flag(module, "has_bias")
-    return ExpertWeights(
-        gate_up_proj=getattr(module, gate_up),
-        down_proj=getattr(module, down),
-        gate_up_bias=getattr(module, f"{gate_up}_bias") if biased else None,
-        down_bias=getattr(module, f"{down}_bias") if biased else None,
-    )
+    return peft.with_adapters(module, weights, stack_names(module), transformers_facts.flag(module, "is_transposed"))
 
 
 def run_implementation(module: nn.Module, implementation: str | None, *args: Tensor) -> Tensor:
@@ -120,71 +242,19 @@ def run_implementation(module: nn.Module, implementation: str | None, *args: Ten
     return transformers_facts.implementation(module, implementation, eager)(module, *args)
 
 
-def plan_of(module: nn.Module) -> StackedPlan | None:
-    return getattr(module, _PLAN, None)
-
-
-def can_share_config(module: nn.Module) -> bool:
-    """Whether a decorated module still works when its config names our implementation, even if it is skipped."""
-    return transformers_facts.registry_of(module) is transformers_facts.experts_registry() and (
-        transformers_facts.experts_implementation(module) not in transformers_facts.LOCKED_IMPLEMENTATIONS
-    )
-
-
-def is_enabled(module: nn.Module) -> bool:
-    plan = plan_of(module)
-    return plan is not None and plan.reason is None and transformers_facts.experts_implementation(module) == IMPLEMENTATION
-
-
-def previous_implementation(module: nn.Module) -> str | None:
-    """What `module` dispatched on before it was enabled; what it dispatches on, if it is not enabled."""
-    plan, current = plan_of(module), transformers_facts.experts_implementation(module)
-    return plan.previous if plan is not None and current == IMPLEMENTATION else current
-
-
-def apply(module: nn.Module, plan: StackedPlan) -> None:
-    register()
-    plan.act_fn = type(getattr(module, "act_fn", None))
-    setattr(module, _PLAN, plan)
-    transformers_facts.set_experts_implementation(module, IMPLEMENTATION)
-
-
-def revert(module: nn.Module) -> bool:
-    """Takes back `apply`, and nothing else: an implementation that was chosen since then stays. Whether there was a plan."""
-    plan = plan_of(module)
-    if plan is None:
-        return False
-    delattr(module, _PLAN)
-    if transformers_facts.experts_implementation(module) == IMPLEMENTATION:
-        transformers_facts.set_experts_implementation(module, plan.previous)
-    return plan.reason is None
-
-
-def _plan_on_first_use(module: nn.Module) -> StackedPlan:
+def _plan_on_first_use(module: nn.Module) -> Plan:
     """The plan of a module that was given the name "moe_ext" without `enable`: detected, but not proven."""
     if torch.compiler.is_compiling():
         # The formula cannot be probed inside a graph; the module's own functions need no probing.
-        return StackedPlan(formulas.own_formula(module))
-    found = modules.stacked(module)
-    plan = StackedPlan(found.formula, found.reason, previous=IMPLEMENTATION, act_fn=type(getattr(module, "act_fn", None)))
-    setattr(module, _PLAN, plan)
-    if plan.reason is None:
+        return Enabled(None, formulas.own_formula(module), type(None))
+    try:
+        plan: Plan = plan_for(module, formula_of(module), IMPLEMENTATION)
+    except Refused as refused:
+        plan = Skipped(IMPLEMENTATION, str(refused))
+    else:
         log_once(
             f"{type(module).__name__} runs experts_implementation='moe_ext' without having been proven against transformers' own; "
             "moe_ext.enable(model) proves it"
         )
+    setattr(module, _PLAN, plan)
     return plan
-
-
-def _unusable(weights: ExpertWeights, hidden_states: Tensor) -> str | None:
-    autocast = autocast_is_on(hidden_states.device)
-    for t in weights.tensors():
-        if is_traceable_wrapper_subclass(t):
-            return f"a weight is a {type(t).__name__}, not a plain tensor"
-        if t.numel() == 0:
-            return "a weight is empty: it is sharded by ZeRO-3, or not loaded"
-        if t.device != hidden_states.device:
-            return f"a weight is on {t.device}, hidden_states on {hidden_states.device}"
-        if t.dtype != hidden_states.dtype and not autocast:
-            return f"a weight is {t.dtype}, hidden_states {hidden_states.dtype}"
-    return None

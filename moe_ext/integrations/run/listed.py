@@ -6,21 +6,20 @@ plain linear layers that look is a comparison with the last one, done by the int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, contains, itemgetter
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from ...experts import ExpertWeights
-from ..sandbox import is_hooked
+from ...experts import ListedWeights
+from ..usable import Refused, is_hooked, require_usable
 from . import bitsandbytes, peft
-from .stacks import unusable
 
 #: gate, up and down projection of one expert, by the names that model code uses; other names are told apart by the proof.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -32,7 +31,7 @@ _modules_of, _parameters_of, _weight_of, _bias_of = map(itemgetter, ("_modules",
 
 
 @dataclass
-class Listed:
+class ListedReader:
     """The projections gate (None when ungated), up and down of each expert in the child `container` ("" for the module itself)."""
 
     container: str
@@ -42,38 +41,39 @@ class Listed:
     #: Dense copies of 4-bit weights, where the user wants them kept between calls.
     cache: bitsandbytes.DenseCache | None = field(default=None, repr=False, compare=False)
 
-    def read(self, module: nn.Module, like: Tensor | None = None) -> ExpertWeights | str:
-        """The tensors of the experts at this moment, or the reason why they must be left to the module's own code."""
+    def read(self, module: nn.Module, like: Tensor | None = None) -> ListedWeights:
+        """The tensors of the experts at this moment; raises Refused where they must be left to the module's own code."""
         container = container_of(module, self.container)
         compiling = torch.compiler.is_compiling()  # a compiler guards what it has seen by itself
         snapshot = self._snapshot
         if not compiling and _has_any_global_hook():
-            return "hooks are registered for the calls of all modules"
+            raise Refused("hooks are registered for the calls of all modules")
         if not compiling and snapshot is not None:
             weights = snapshot.weights(container, like)
             if weights is not None:
                 return weights
-        found = look(container, self.projections)
-        if isinstance(found, str):
-            return found
-        kinds = _kinds(container, self.projections)
-        if self._proven is None:
-            self._proven = kinds  # the first to read is the proof
-        elif not kinds <= self._proven:
-            other = " with a ".join(cls.__name__ for cls in next(iter(kinds - self._proven)))
-            return f"an expert is a {other}, which none was when it was proven"
+        found = collect_linears(container, self.projections)
+        self._require_proven(_kinds(container, self.projections))
         if all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
             if not compiling:
                 self._snapshot = _Snapshot(container, found)
             return _plain(found, like)
-        return _with_projections(found, like, self.cache)
+        return _weights(found, lambda linears: _projection(linears, like, self.cache))
+
+    def _require_proven(self, kinds: frozenset[tuple[type, ...]]) -> None:
+        if self._proven is None:
+            self._proven = kinds  # the first to read is the proof
+        elif not kinds <= self._proven:
+            other = " with a ".join(cls.__name__ for cls in next(iter(kinds - self._proven)))
+            raise Refused(f"an expert is a {other}, which none was when it was proven")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_snapshot": None}  # a copy has modules of its own
 
 
 def container_of(module: nn.Module, name: str) -> nn.Module:
-    return module._modules[name] if name else module  # type: ignore[return-value]
+    children: Any = module._modules
+    return children[name] if name else module
 
 
 def members(container: nn.Module) -> list[nn.Module]:
@@ -88,26 +88,38 @@ def identities(container: nn.Module) -> int:
 _Linears = tuple[list[nn.Module] | None, list[nn.Module], list[nn.Module]]
 
 
-def look(container: nn.Module, projections: tuple[str | None, ...]) -> _Linears | str:
-    """The modules of each projection, or what stands against calling them together."""
-    found: list[list[nn.Module] | None] = [None if name is None else [] for name in projections]
+def collect_linears(container: nn.Module, projections: tuple[str | None, str, str]) -> _Linears:
+    """The modules of each projection; raises Refused where something stands against calling them together."""
+    experts = [expert for expert in require_no_hooks(container) if expert._modules]  # others return their input
+
+    def linears(name: str) -> list[nn.Module]:
+        return [_child(container, expert, name) for expert in experts]
+
+    gate, up, down = projections
+    return None if gate is None else linears(gate), linears(up), linears(down)
+
+
+def require_no_hooks(container: nn.Module) -> list[nn.Module]:
+    """The modules of the list; raises Refused where one of them, or a part of one, has hooks or a forward of its own."""
+    found = []
     for name, expert in container._modules.items():
-        assert expert is not None
+        if expert is None:
+            continue
         if is_hooked(expert):
-            return f"expert {name} has hooks or a forward of its own"
-        children = expert._modules
-        for child in children.values():
+            raise Refused(f"expert {name} has hooks or a forward of its own")
+        for child in expert._modules.values():
             if child is not None and is_hooked(child):
-                return f"a part of expert {name} ({type(child).__name__}) has hooks or a forward of its own"
-        if not children:
-            continue  # no expert, or one that returns its input
-        for linears, projection in zip(found, projections, strict=True):
-            if linears is not None:
-                linear = children.get(projection)  # type: ignore[arg-type]
-                if linear is None:
-                    return f"expert {name} has no {projection}"
-                linears.append(linear)
-    return tuple(found)  # type: ignore[return-value]
+                raise Refused(f"a part of expert {name} ({type(child).__name__}) has hooks or a forward of its own")
+        found.append(expert)
+    return found
+
+
+def _child(container: nn.Module, expert: nn.Module, name: str) -> nn.Module:
+    child = expert._modules.get(name)
+    if child is None:
+        number = next(n for n, m in container._modules.items() if m is expert)
+        raise Refused(f"expert {number} has no {name}")
+    return child
 
 
 def _kinds(container: nn.Module, projections: tuple[str | None, str, str]) -> frozenset[tuple[type, ...]]:
@@ -118,64 +130,46 @@ def _kinds(container: nn.Module, projections: tuple[str | None, str, str]) -> fr
     )
 
 
-def _plain(found: _Linears, like: Tensor | None) -> ExpertWeights | str:
-    weights = [None if linears is None else [m._parameters.get("weight") for m in linears] for linears in found]
-    biases = [None if linears is None else [m._parameters.get("bias") for m in linears] for linears in found]
-    every = [t for tensors in (*weights, *_present(biases)) if tensors is not None for t in tensors]
-    if any(t is None for t in every):
-        return "a weight is missing or is computed by a parametrization"
-    return unusable(every, like) or _expert_weights(weights, _present(biases))  # type: ignore[arg-type]
+_T = TypeVar("_T")
+#: The matrices of one projection of all experts, and their biases.
+_Projected: TypeAlias = tuple[Any, Any]
 
 
-def _expert_weights(weights: Sequence[Any], biases: Sequence[Any]) -> ExpertWeights:
-    return ExpertWeights(
-        gate_proj=weights[0], up_proj=weights[1], down_proj=weights[2],
-        gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2],
+def _weights(found: tuple[_T | None, _T, _T], project: Callable[[_T], _Projected]) -> ListedWeights:
+    gate_proj, gate_bias = (None, None) if found[0] is None else project(found[0])
+    up, down = project(found[1]), project(found[2])
+    return ListedWeights(
+        gate_proj=gate_proj, up_proj=up[0], down_proj=down[0], gate_bias=gate_bias, up_bias=up[1], down_bias=down[1]
     )  # fmt: skip
 
 
-def _present(biases: Sequence[list[Any] | None]) -> list[Any]:
-    return [None if found is None or found[0] is None else found for found in biases]
+def _plain(found: _Linears, like: Tensor | None) -> ListedWeights:
+    weights = _weights(found, _matrices)
+    require_usable(weights.tensors(), like)
+    return weights
 
 
-def _with_projections(found: _Linears, like: Tensor | None, cache: bitsandbytes.DenseCache | None) -> ExpertWeights | str:
+def _matrices(linears: list[nn.Module]) -> _Projected:
+    biases = [m._parameters.get("bias") for m in linears]
+    present = sum(b is not None for b in biases)
+    if present not in (0, len(biases)):
+        raise Refused(f"{present} of {len(biases)} experts have a bias")
+    return [m._parameters.get("weight") for m in linears], biases if present else None
+
+
+def _projection(linears: list[nn.Module], like: Tensor | None, cache: bitsandbytes.DenseCache | None) -> _Projected:
     """Weights with adapters on them, in 4 bit, or both, each projection by itself."""
-    weights: list[Any] = []
-    biases: list[Any] = []
-    for linears in found:
-        one = (None, None) if linears is None else _projection(linears, like, cache)
-        if isinstance(one, str):
-            return one
-        weights.append(one[0])
-        biases.append(one[1])
-    return _expert_weights(weights, biases)
-
-
-def _projection(linears: list[nn.Module], like: Tensor | None, cache: bitsandbytes.DenseCache | None) -> tuple[Any, Any] | str:
-    unwrapped = peft.unwrap(linears)
-    if isinstance(unwrapped, str):
-        return unwrapped
-    base, adapters = unwrapped
+    base, adapters = peft.unwrap(linears) if peft.is_loaded() else (linears, [])
     weight: Any
     if any(bitsandbytes.is_quantized(m) for m in base):
         weight = bitsandbytes.read(base, like, cache)
-        if isinstance(weight, str):
-            return weight
     else:
         for m in base:
             if type(m) is not nn.Linear:
-                return f"a projection is a {type(m).__name__}, not a plain nn.Linear"
+                raise Refused(f"a projection is a {type(m).__name__}, not a plain nn.Linear")
         weight = [m._parameters.get("weight") for m in base]
-        if any(t is None for t in weight):
-            return "a weight is missing or is computed by a parametrization"
-        reason = unusable(weight, like)
-        if reason is not None:
-            return reason
-    biases = [m._parameters.get("bias") for m in base]
-    present = sum(b is not None for b in biases)
-    if present not in (0, len(biases)):
-        return f"{present} of {len(biases)} experts have a bias"
-    return weight if adapters is None else peft.project(weight, adapters), biases if present else None
+        require_usable(weight, like)
+    return peft.project(weight, adapters), _matrices(base)[1]
 
 
 class _Snapshot:
@@ -201,7 +195,7 @@ class _Snapshot:
         self.registered = RemovableHandle.next_id
         self.hooks = [state[name] for state in self.states for name in _HOOKS]
 
-    def weights(self, container: nn.Module, like: Tensor | None) -> ExpertWeights | None:
+    def weights(self, container: nn.Module, like: Tensor | None) -> ListedWeights | None:
         """The weights, or None if another look is needed."""
         if self.registered != RemovableHandle.next_id:
             self._read_hooks()
@@ -223,11 +217,14 @@ class _Snapshot:
         every = [*weights, *(b for b in biases if b is not None)] if biased else weights
         if not _are_alike(every, weights[0] if like is None else like):
             return None
-        by_kind = [_split(tensors, self.parts) for tensors in (weights, biases)]
-        if biased and any(0 < part.count(None) < len(part) for part in by_kind[1]):
-            return None
-        none: list[Any] = [None] * (3 - self.parts)  # without a gate
-        return _expert_weights(none + by_kind[0], none + (_present(by_kind[1]) if biased else [None] * self.parts))
+        vectors: list[Any] = [None] * self.parts
+        if biased:
+            vectors = _split(biases, self.parts)
+            if any(0 < part.count(None) < len(part) for part in vectors):
+                return None
+            vectors = [None if part[0] is None else part for part in vectors]
+        parts = list(zip(_split(weights, self.parts), vectors, strict=True))
+        return _weights((parts[0] if self.parts == 3 else None, parts[-2], parts[-1]), lambda part: part)
 
 
 def _are_alike(tensors: list[Any], like: Tensor) -> bool:

@@ -6,7 +6,7 @@
     return out + self.shared(x), logits  stays: shared experts, what is returned
 
 The copy is made from the method's source and runs among the globals of the original, so whatever it calls is still the model's own.
-Which variables hold the routing is read off a run (`routing.readings`) and proven like everything else.
+Which variables hold the routing is seen on a run (`routing.readings`) and proven like everything else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..usable import Refused
 from .routing import Routing, readings
 
 _PROBE = "probe"
@@ -44,12 +45,8 @@ class Loop:
     apart: int = 0
 
 
-class Uncopied(Exception):
-    """Why the code of a method cannot be copied."""
-
-
 def find(cls: Any, attribute: str, container: str) -> int:
-    """How many loops over `self.<container>` there are in a method; raises Uncopied where its code cannot be had."""
+    """How many loops over `self.<container>` there are in a method; raises Refused where its code cannot be had."""
     return len(_loops(_source(cls, attribute), container))
 
 
@@ -65,7 +62,7 @@ def observe(module: nn.Module, attribute: str, container: str, number: int, *arg
         raise _Reached
 
     cls: Any = type(module)
-    method = _compiled(cls, attribute, container, number, None, None)
+    method = _probed(cls, attribute, container, number)
     try:
         method(module, *args, **{_PROBE: probe})
     except _Reached:
@@ -82,7 +79,7 @@ def candidates(
     inside, behind = _names(loop), _names_behind(function, loop)
     for routing in readings(values, hidden, experts, identity):
         x = values[routing.hidden_states]
-        for name in sorted(inside & behind - {routing.hidden_states, routing.index, routing.weights}):
+        for name in sorted(inside & behind - set(routing.names)):
             result = values.get(name)
             if not isinstance(result, Tensor) or not result.is_floating_point():
                 continue
@@ -95,34 +92,34 @@ def candidates(
                     yield Loop(number, name, keeps=True), routing
 
 
+# -------------------------------------------------------------------------------------------------------------------------- source
+@functools.lru_cache(maxsize=256)
 def without(cls: Any, attribute: str, container: str, loop: Loop, routing: Routing) -> Callable[..., Any]:
     """The method with its loop replaced by a call of its keyword argument `experts`.
 
     That is given the values that hold the routing, by name, and returns rows in the shape of the hidden states.
     """
-    return _compiled(cls, attribute, container, loop.number, loop, routing)
+    names = [*routing.names, *([loop.result] if loop.keeps or loop.adds else [])]
+    function = _source(cls, attribute)
+    body, node = _loops(function, container)[loop.number]
+    before = _unread(function, body)
+    position = body.index(node)
+    body[position : position + 1] = ast.parse(f"{loop.result} = {_EXPERTS}({{{', '.join(f'{n!r}: {n}' for n in names)}}})").body
+    _drop_unread(function, body, before)
+    return _compiled(getattr(cls, attribute), function, _EXPERTS)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- source
 @functools.lru_cache(maxsize=256)
-def _compiled(cls: Any, attribute: str, container: str, number: int, loop: Loop | None, routing: Routing | None) -> Callable[..., Any]:
-    original = getattr(cls, attribute)
+def _probed(cls: Any, attribute: str, container: str, number: int) -> Callable[..., Any]:
+    """The method with a call of its keyword argument `probe` before a loop, which is given the local variables."""
     function = _source(cls, attribute)
     body, node = _loops(function, container)[number]
-    if loop is None:
-        text, argument = f"{_PROBE}(locals())", _PROBE
-    else:
-        assert routing is not None
-        names = [n for n in (routing.hidden_states, routing.index, routing.weights) if n is not None] + [loop.result] * (
-            loop.keeps or loop.adds
-        )
-        text = f"{loop.result} = {_EXPERTS}({{{', '.join(f'{n!r}: {n}' for n in names)}}})"
-        argument = _EXPERTS
-    position = body.index(node)
-    before = _unread(function, body)
-    body[position : position + (loop is not None)] = ast.parse(text).body
-    if loop is not None:
-        _drop_unread(function, body, before)
+    body.insert(body.index(node), ast.parse(f"{_PROBE}(locals())").body[0])
+    return _compiled(getattr(cls, attribute), function, _PROBE)
+
+
+def _compiled(original: Any, function: ast.FunctionDef, argument: str) -> Callable[..., Any]:
+    """A function of this code with one more keyword argument, among the globals of the original."""
     function.args.kwonlyargs.append(ast.arg(argument))
     function.args.kw_defaults.append(None)
     tree = ast.fix_missing_locations(ast.Module([function], []))
@@ -137,16 +134,16 @@ def _compiled(cls: Any, attribute: str, container: str, number: int, loop: Loop 
 def _source(cls: type, attribute: str) -> ast.FunctionDef:
     function = getattr(cls, attribute)
     if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
-        raise Uncopied(f"its {attribute} is wrapped or is no plain function")
+        raise Refused(f"its {attribute} is wrapped or is no plain function")
     if function.__code__.co_freevars:
-        raise Uncopied(f"its {attribute} refers to variables around it ({', '.join(function.__code__.co_freevars)})")
+        raise Refused(f"its {attribute} refers to variables around it ({', '.join(function.__code__.co_freevars)})")
     try:
         text = inspect.getsource(function)
     except (OSError, TypeError) as error:
-        raise Uncopied(f"the source of its {attribute} is not available ({error})") from error
+        raise Refused(f"the source of its {attribute} is not available ({error})") from error
     node = ast.parse(textwrap.dedent(text)).body[0]
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
-        raise Uncopied(f"its {attribute} is decorated")
+        raise Refused(f"its {attribute} is decorated")
     node.returns = None
     for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
         argument.annotation = None
@@ -229,15 +226,19 @@ def _is_unread(statement: ast.stmt, body: list[ast.stmt], loads: list[str], stor
     return False
 
 
-def like_result(out: Tensor, index: Tensor, values: Mapping[str, Any], routing: Routing, loop: Loop | None) -> Tensor:
+def as_hidden_states(out: Tensor, values: Mapping[str, Any], routing: Routing) -> Tensor:
     """Rows `[N, H]` in the shape and dtype of the hidden states."""
     x = values[routing.hidden_states]
     out = out.reshape(x.shape)
-    out = out if out.dtype == x.dtype else out.to(x.dtype)
-    if loop is not None and loop.adds:
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def as_result(out: Tensor, index: Tensor, values: Mapping[str, Any], loop: Loop) -> Tensor:
+    """What the loop leaves in the variable that it fills, from what the experts compute, in the shape of the hidden states."""
+    if loop.adds:
         return values[loop.result] + out
-    if loop is None or not (loop.keeps or loop.apart):
-        return out
     if loop.apart:
         return torch.cat((out[None], out.new_zeros(loop.apart - 1, *out.shape)))
-    return torch.where((index >= 0).any(dim=1).reshape(*x.shape[:-1], 1), out, values[loop.result])
+    if loop.keeps:
+        return torch.where((index >= 0).any(dim=1).reshape(*out.shape[:-1], 1), out, values[loop.result])
+    return out

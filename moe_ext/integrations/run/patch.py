@@ -1,7 +1,8 @@
 """What replaces a method of a module that transformers' registry does not reach, on that instance alone.
 
-A `Cut` says where: a method that receives the routing, or a loop inside one (`Experts`), or a grouped linear layer (`Linear`). The
-weights are read at each call; where they cannot be used, the module's own method runs, and the reason is logged once.
+A `Replacement` says where and by what: a method that receives the routing (`MethodReplacement`), a loop inside one (`LoopReplacement`),
+or a grouped linear layer (`LinearReplacement`). The weights are read at each call; where they cannot be used, the module's own method
+runs, and the reason is logged once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,77 +19,112 @@ from torch import Tensor, nn
 from ... import functional, ops
 from ...experts import ExpertSpec, ExpertWeights
 from ..formulas import Formula
-from ..sandbox import OUR_PATCHES
-from ..usable import DISABLE_VARIABLE, disabled_by_environment, log_once
+from ..usable import OUR_PATCHES, Refused, log_once, require_enabled, require_usable
 from . import loop_rewrite
-from .listed import Listed
+from .listed import ListedReader
 from .loop_rewrite import Loop
 from .routing import Routing
-from .stacks import Reader, unusable
+from .stacks import SeparateReader, StackedReader
 
-Compute = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
+Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
+Reader: TypeAlias = StackedReader | SeparateReader | ListedReader
 
 
-class Cut(Protocol):
+class Replacement(Protocol):
     """Where our code takes over: in which method, of the found module itself or of a child of it."""
 
     attribute: str
     child: str
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """ "fused" or "composed", as in the report."""
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of the method, or the reason why the module's own has to run."""
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call with these arguments computes with; raises Refused where the module's own method has to run."""
+
+    def run(self, module: nn.Module, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of the method."""
 
 
 @dataclass
-class Experts:
-    """Routed experts: their weights, their formula, and how the method holds the routing, in its arguments or before its loop."""
+class MethodReplacement:
+    """Routed experts: their weights, their formula, and how the arguments of the method hold the routing."""
 
     attribute: str
-    reader: Reader | Listed
+    parameters: tuple[str, ...]
+    reader: Reader
     formula: Formula
     routing: Routing
-    parameters: tuple[str, ...] = ()
-    loop: Loop | None = None
-    child: str = ""
-    without_gradient: bool = False  # the method computes under no_grad
-    _method: tuple[type, Callable[..., Any]] | None = field(default=None, repr=False, compare=False)
+    without_gradient: bool = field(default=False, kw_only=True)  # the method computes under no_grad
+    child: str = field(default="", kw_only=True)
 
     @property
     def path(self) -> str:
         return self.formula.path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_method": None}  # it is made of code, which cannot be pickled
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertWeights:
+        like = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)
+        return self.reader.read(module, like)
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Compute | None = None) -> Any:
+    def run(
+        self,
+        module: nn.Module,
+        weights: ExpertWeights,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        compute: Compute | None = None,
+    ) -> Any:
+        """compute: what is called with rows, routing, weights and spec; a proof has others than `grouped_experts`."""
         values = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        like = next((t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point()), None)
-        weights = self.reader.read(module, like)
-        if isinstance(weights, str):
-            return Refusal(weights)
-        experts = partial(self.compute, module, weights, compute or functional.grouped_experts)
-        if self.loop is None:
-            return experts(values)
-        if self._method is None or self._method[0] is not type(module):  # kept here, where a compiler sees it without making it anew
-            assert isinstance(self.reader, Listed)
-            self._method = type(module), loop_rewrite.without(type(module), self.attribute, self.reader.container, self.loop, self.routing)
-        return self._method[1](module, *args, **kwargs, experts=experts)
+        return self.compute(module, weights, compute or functional.grouped_experts, values)
 
     def compute(self, module: nn.Module, weights: ExpertWeights, compute: Compute, values: Mapping[str, Any]) -> Tensor:
+        """What takes the place of the experts' results, from the values that hold the routing."""
         x, index, w = self.routing.resolve(values, weights.num_experts)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.without_gradient):
             out = compute(x, index, w, weights, self.formula.resolve(module))
         if self.routing.beyond == "returned":
             returned = w.masked_fill(index < weights.num_experts, 0).sum(dim=-1, keepdim=True)
             out = out + x * returned.to(x.dtype)
-        return loop_rewrite.like_result(out, index, values, self.routing, self.loop)
+        return self.result(loop_rewrite.as_hidden_states(out, values, self.routing), index, values)
+
+    def result(self, out: Tensor, index: Tensor, values: Mapping[str, Any]) -> Tensor:
+        """`out` is the sum over the experts of each row, in the shape of the hidden states."""
+        return out
 
 
 @dataclass
-class Linear:
+class LoopReplacement(MethodReplacement):
+    """Routed experts in a loop: the method runs as a copy of its code without the loop, whose variables hold the routing."""
+
+    reader: ListedReader
+    loop: Loop
+    _method: tuple[type, Callable[..., Any]] | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_method": None}  # it is made of code, which cannot be pickled
+
+    def run(
+        self,
+        module: nn.Module,
+        weights: ExpertWeights,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        compute: Compute | None = None,
+    ) -> Any:
+        if self._method is None or self._method[0] is not type(module):  # kept here, where a compiler sees it without making it anew
+            cls: Any = type(module)
+            self._method = cls, loop_rewrite.without(cls, self.attribute, self.reader.container, self.loop, self.routing)
+        experts = partial(self.compute, module, weights, compute or functional.grouped_experts)
+        return self._method[1](module, *args, **kwargs, experts=experts)
+
+    def result(self, out: Tensor, index: Tensor, values: Mapping[str, Any]) -> Tensor:
+        return loop_rewrite.as_result(out, index, values, self.loop)
+
+
+@dataclass
+class LinearReplacement:
     """A layer of E linear maps, a child of the found module ("" for itself): `forward(x [S, in], counts)`, where counts says how many
     consecutive rows each map gets.
     """
@@ -99,17 +135,18 @@ class Linear:
     attribute: str = "forward"
     path: str = "composed"
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if len(args) != 2 or kwargs:
-            return Refusal("it is called with other arguments than rows and their counts")
-        x, counts = args
+            raise Refused("it is called with other arguments than rows and their counts")
         weight = module._parameters.get(self.weight)
         if weight is None:
-            return Refusal(f"{self.weight} is missing or is computed by a parametrization")
-        reason = unusable([weight], x)
-        if reason is not None:
-            return Refusal(reason)
-        return ops.grouped_mm(x, weight, offsets(counts, x), transposed=self.transposed)
+            raise Refused(f"{self.weight} is missing or is computed by a parametrization")
+        require_usable([weight], args[0])
+        return weight
+
+    def run(self, module: nn.Module, weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x, counts = args
+        return ops.grouped_mm(x, weights, offsets(counts, x), transposed=self.transposed)
 
 
 def offsets(counts: Any, like: Tensor) -> Tensor:
@@ -118,29 +155,25 @@ def offsets(counts: Any, like: Tensor) -> Tensor:
     return torch.cat((n.new_zeros(1), n.cumsum(0))).to(torch.int32)
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a call was left to the module's own method."""
-
-    reason: str
-
-
 class Patch:
     """The callable put on the instance. It holds the module, not its weights, and is copied and pickled with it."""
 
-    def __init__(self, module: nn.Module, cut: Cut) -> None:
+    def __init__(self, module: nn.Module, replacement: Replacement) -> None:
         self.moe_ext_module = module
-        self.cut = cut
+        self.replacement = replacement
         self.active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, cut = self.moe_ext_module, self.cut
+        module, replacement = self.moe_ext_module, self.replacement
         if self.active:
-            out = Refusal(f"{DISABLE_VARIABLE} is set") if disabled_by_environment() else cut.run(module, args, kwargs)
-            if not isinstance(out, Refusal):
-                return out
-            log_once(f"{type(module).__name__} runs its own {cut.attribute}: {out.reason}")
-        return getattr(type(module), cut.attribute)(module, *args, **kwargs)
+            try:
+                require_enabled()
+                weights = replacement.read(module, args, kwargs)
+            except Refused as refused:
+                log_once(f"{type(module).__name__} runs its own {replacement.attribute}: {refused}")
+            else:
+                return replacement.run(module, weights, args, kwargs)
+        return getattr(type(module), replacement.attribute)(module, *args, **kwargs)
 
 
 def parameters_of(cls: type, attribute: str) -> tuple[str, ...]:
@@ -158,10 +191,10 @@ def is_enabled(module: nn.Module) -> bool:
     return any(patch.active for patch in patches_of(module).values())
 
 
-def apply(module: nn.Module, cut: Cut) -> None:
-    """Cuts in; where a patch of ours is there already, below other wrappers or not, that one is switched on again."""
-    module = module.get_submodule(cut.child)
-    attribute, patch = cut.attribute, Patch(module, cut)
+def apply(module: nn.Module, replacement: Replacement) -> None:
+    """Takes over; where a patch of ours is there already, below other wrappers or not, that one is switched on again."""
+    module = module.get_submodule(replacement.child)
+    attribute, patch = replacement.attribute, Patch(module, replacement)
     ours = patches_of(module).get(attribute)
     if ours is not None:
         ours.__dict__.update(patch.__dict__)
@@ -177,9 +210,9 @@ def revert(module: nn.Module) -> bool:
     """
     was_active = is_enabled(module)
     for name, part in [("", module), *module.named_children()]:
-        was_active |= any(patch.active and patch.cut.child == name for patch in patches_of(part).values())
+        was_active |= any(patch.active and patch.replacement.child == name for patch in patches_of(part).values())
         for attribute, patch in list(patches_of(part).items()):
-            if patch.cut.child == name or part is module:
+            if patch.replacement.child == name or part is module:
                 _revert(part, attribute, patch)
     return was_active
 
@@ -204,5 +237,5 @@ def _replicate(module: nn.Module) -> nn.Module:
     ours = replica.__dict__[OUR_PATCHES] = {}
     for attribute, patch in patches_of(module).items():
         if replica.__dict__.get(attribute) is patch:
-            ours[attribute] = replica.__dict__[attribute] = Patch(replica, patch.cut)
+            ours[attribute] = replica.__dict__[attribute] = Patch(replica, patch.replacement)
     return replica

@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ... import ops
-from ...experts import ExpertWeights, Projection
-from ..sandbox import is_hooked
+from ...experts import Projection, StackedWeights
+from ..usable import Refused, is_hooked
 
 
 # --------------------------------------------------------------------------------------------------- facts about versions of PEFT
 # PEFT has no public way to ask what a layer computes, so its classes are looked at, as they are in 0.17, 0.18 and 0.21. Delete when
 # PEFT offers a layer's active factors and scaling. What is not in `sys.modules` is not in use.
+def is_loaded() -> bool:
+    """Whether this process has imported PEFT's layers. Until then no forward needs to ask anything below."""
+    return "peft.tuners.tuners_utils" in sys.modules
+
+
 def _plain_lora_classes() -> tuple[type, ...]:
     """Linear layers whose forward is `base(x) + scaling * B(A(dropout(x)))` for each active adapter; subclasses may differ."""
     layer, bnb = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.tuners.lora.bnb")
@@ -102,21 +107,23 @@ class LoraProjection(Projection):
         return [*base, *(t for adapter in self.adapters for t in adapter.tensors())]
 
 
-def project(base: Any, adapters: Adapters | None, transposed: bool = False) -> Any:
+def project(base: Any, adapters: Adapters, transposed: bool = False) -> Any:
     """`base` with `adapters` on it; without any, `base` itself."""
     return LoraProjection(base, adapters, transposed) if adapters else base
 
 
 def sum_adapters(rows: Tensor, expert_offsets: Tensor, adapters: Adapters) -> Tensor:
     """`rows [S, in]` to the sum of the adapters' outputs `[S, out]`, in float32 or float64."""
-    total = None
-    for adapter in adapters:
+
+    def delta(adapter: LowRank) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(rows.dtype, _as_list(adapter.a)[0].dtype), torch.float32)
         a, b = (weight.to(dtype) if isinstance(weight, Tensor) else [w.to(dtype) for w in weight] for weight in (adapter.a, adapter.b))
         inner = _Shrink.apply(rows, expert_offsets, *([a] if isinstance(a, Tensor) else a))
-        delta = ops.grouped_mm(inner * adapter.scaling, b, expert_offsets)
-        total = delta if total is None else total.add_(delta)
-    assert total is not None
+        return ops.grouped_mm(inner * adapter.scaling, b, expert_offsets)
+
+    total = delta(adapters[0])
+    for adapter in adapters[1:]:
+        total = total.add_(delta(adapter))
     return total
 
 
@@ -158,10 +165,10 @@ def _as_list(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
 _Factors: TypeAlias = tuple[Tensor, Tensor, Any]  # A [r, in], B [out, r], scaling
 
 
-def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters | None] | str:
+def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters]:
     """Takes PEFT's layers off the E linear layers of one projection: the layers below, and the adapters that are active now.
 
-    Or the reason why PEFT's own forward must run. Layers that are not PEFT's are returned as they are.
+    Layers that are not PEFT's are returned as they are. Raises Refused where PEFT's own forward must run.
     """
     plain, wrappers = _plain_lora_classes(), _wrapper_classes()
     bases: list[nn.Module] = []
@@ -169,24 +176,27 @@ def unwrap(linears: Sequence[nn.Module]) -> tuple[list[nn.Module], Adapters | No
     for i, linear in enumerate(linears):
         factors: list[_Factors] = []
         if type(linear) in plain:
-            active = _active_factors(linear)
-            if isinstance(active, str):
-                return f"the adapter layer of expert {i} {active}"
-            factors, linear = active, linear._modules["base_layer"]  # type: ignore[assignment]
+            try:
+                factors = _active_factors(linear)
+            except Refused as refused:
+                raise Refused(f"the adapter layer of expert {i} {refused}") from None
+            linear = vars(linear)["_modules"]["base_layer"]
         if type(linear) is not nn.Linear and issubclass(type(linear), wrappers):
-            return f"expert {i} has a {type(linear).__module__}.{type(linear).__qualname__}, which is no plain LoRA layer"
+            raise Refused(f"expert {i} has a {type(linear).__module__}.{type(linear).__qualname__}, which is no plain LoRA layer")
         bases.append(linear)
         found.append(factors)
-    return bases, [_on_all_experts(entries) for entries in zip_longest(*found)] or None
+    return bases, [_on_all_experts(entries) for entries in zip_longest(*found)]
 
 
-def _active_factors(layer: Any) -> list[_Factors] | str:
-    """What `layer`, of one of the plain classes, adds to its base layer now, in order; or what it does besides, as a reason."""
+def _active_factors(layer: Any) -> list[_Factors]:
+    """What `layer`, of one of the plain classes, adds to its base layer now, in order; raises Refused where it does more."""
     parts = layer._modules
     if is_hooked(layer, parts["base_layer"]):
-        return "has hooks or a forward of its own"
+        raise Refused("has hooks or a forward of its own")
     if layer._disable_adapters:
-        return "is merged and disabled: PEFT's forward takes the adapter out of the weight" if layer.merged_adapters else []
+        if layer.merged_adapters:
+            raise Refused("is merged and disabled: PEFT's forward takes the adapter out of the weight")
+        return []
     if layer.merged_adapters:
         return []
     found = []
@@ -197,16 +207,16 @@ def _active_factors(layer: Any) -> list[_Factors] | str:
             continue
         b, dropout = parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
         if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
-            return f"has the adapter {name!r}, which is DoRA or another variant of LoRA"
+            raise Refused(f"has the adapter {name!r}, which is DoRA or another variant of LoRA")
         if dropout.training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1) > 0:
-            return f"has dropout on its adapter {name!r}"
+            raise Refused(f"has dropout on its adapter {name!r}")
         if type(a) is not nn.Linear or type(b) is not nn.Linear or is_hooked(a, b, dropout):
-            return f"has other modules than linear layers, or hooks, in its adapter {name!r}"
+            raise Refused(f"has other modules than linear layers, or hooks, in its adapter {name!r}")
         if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
-            return f"has a bias in its adapter {name!r}"
+            raise Refused(f"has a bias in its adapter {name!r}")
         weight_a, weight_b = a._parameters["weight"], b._parameters["weight"]
         if type(weight_a) not in _PLAIN_TENSORS or type(weight_b) not in _PLAIN_TENSORS:
-            return f"has a {type(weight_a).__name__} in its adapter {name!r}, not a plain tensor"
+            raise Refused(f"has a {type(weight_a).__name__} in its adapter {name!r}, not a plain tensor")
         found.append((weight_a, weight_b, layer.scaling[name]))
     return found
 
@@ -291,21 +301,23 @@ def defer_activation(accepts: Callable[[nn.Module, str], bool]) -> None:
     wrapper_class._activate_lora = _activate_lora
 
 
-def with_adapters(experts: nn.Module, weights: ExpertWeights, names: tuple[str, str], transposed: bool) -> ExpertWeights | str:
+def with_adapters(experts: nn.Module, weights: StackedWeights, names: tuple[str, str], transposed: bool) -> StackedWeights:
     """`weights`, whose `gate_up_proj` and `down_proj` are parameters called `names`, with the adapters that wait for this call on them.
 
-    Or the reason why they have to be applied as PEFT does it, which `activated` does.
+    Raises Refused where they have to be applied as PEFT does it, which `activated` does.
     """
+    pending = _pending(experts)
+    if not pending:
+        return weights
     found: dict[str, Adapters] = {}
-    for pending in _pending(experts):
-        wrapper = pending.wrapper
-        adapters = [_stacked_factors(wrapper, name, transposed) for name in pending.active]
+    for one in pending:
+        adapters = [_stacked_factors(one.wrapper, name, transposed) for name in one.active]
         if any(type(t) not in _PLAIN_TENSORS for adapter in adapters for t in adapter.tensors()):
-            return f"an adapter of {wrapper.parameter_name} is not a plain tensor"
-        found.setdefault(wrapper.parameter_name, []).extend(adapters)
-    for pending in _pending(experts):
-        pending.applied = True
-    gate_up, down = (found.get(name) for name in names)
+            raise Refused(f"an adapter of {one.wrapper.parameter_name} is not a plain tensor")
+        found.setdefault(one.wrapper.parameter_name, []).extend(adapters)
+    for one in pending:
+        one.applied = True
+    gate_up, down = (found.get(name, []) for name in names)
     return replace(
         weights,
         gate_up_proj=project(weights.gate_up_proj, gate_up, transposed),
