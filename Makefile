@@ -15,7 +15,7 @@ VENVS ?= .
 VENV := $(VENVS)/.venv
 VENV_TF4 := $(VENVS)/.venv-tf4
 VENV_LINT := $(VENVS)/.venv-lint
-ENVIRONMENT := $(PYTHON) build_tools/environment.py
+ENVIRONMENT := $(PYTHON) -m build_tools.environment
 CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
@@ -38,7 +38,7 @@ test-tf4: build
 	$(VENV_TF4)/bin/python -m pytest $(TESTS) -m tf4 $(PYTEST_FLAGS)
 
 smoke: build
-	$(VENV)/bin/python build_tools/release_smoke.py $(VENVS)/.venv-releases --json docs/release-smoke.json --markdown docs/release-smoke.md
+	$(VENV)/bin/python -m tools.release_smoke $(VENVS)/.venv-releases --json docs/release-smoke.json --markdown docs/release-smoke.md
 
 lint-environment:
 	@$(ENVIRONMENT) $(VENV_LINT) -r requirements/lint.txt
@@ -55,19 +55,19 @@ format: lint-environment
 	$(VENV_LINT)/bin/clang-format -i $(CXX_SOURCES)
 
 bench: build
-	$(VENV)/bin/python benchmarks/bench_grouped_forward.py
+	$(VENV)/bin/python -m benchmarks.bench_grouped_forward
 
 gpu: build
-	$(VENV)/bin/python benchmarks/gpu_run.py $(GPU_FLAGS)
+	$(VENV)/bin/python -m benchmarks.gpu.run $(GPU_FLAGS)
 
 gpu-status:
-	@$(PYTHON) build_tools/gpu_status.py
+	@$(PYTHON) -m benchmarks.gpu.status
 
 gpu-counters: build
-	$(VENV)/bin/python -m build_tools.gpu_counters
+	$(VENV)/bin/python -m tools.gpu_counters
 
 gpusim-full: build
-	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest $(wildcard tests/test_gpusim*.py) $(PYTEST_FLAGS)
+	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest tests/gpusim $(PYTEST_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache

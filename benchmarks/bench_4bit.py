@@ -1,7 +1,7 @@
 """Frozen 4-bit experts, as under QLoRA: the ModuleList loop of bitsandbytes' Linear4bit against moe_ext, forward and backward to the
 hidden states and routing weights.
 
-    python benchmarks/bench_4bit.py [--shapes small qwen3] [--dtypes bfloat16] [--tokens 16 512] [--quick]
+    python -m benchmarks.bench_4bit [--shapes small qwen3] [--dtypes bfloat16] [--tokens 16 512] [--quick]
 
 Hidden states, computation and the weights before they were quantized have one dtype; NF4 with double quantization, blocks of 64.
 Reading the modules is part of each call of moe_ext. All candidates of a row share the packed weights and run in turns.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
-from harness import Candidate, machine, markdown_table, measure, milliseconds, write
-from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
+from benchmarks.harness import Candidate, machine, markdown_table, measure, milliseconds, write
+from benchmarks.shapes import SHAPES, Shape, routing
 from moe_ext import functional, testing
 from moe_ext.demo import peak_bytes
 from moe_ext.experts import ExpertWeights

@@ -1,4 +1,5 @@
-"""Sets up one virtual environment for the Makefile: `environment.py FOLDER -r FILE... [--torch] [--build | --source-path]`.
+"""Sets up one virtual environment for the Makefile:
+`python -m build_tools.environment FOLDER -r FILE... [--torch] [--build | --source-path]`.
 
 Each step leaves a stamp with a digest of what it depends on, so a second call is quick. A torch that this Python already has is
 used as it is. Otherwise one is installed, but never a CUDA build, with its gigabytes, on a machine without an NVIDIA driver.
@@ -15,10 +16,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from build_tools.toolchain import wants_cuda  # noqa: E402
+from .toolchain import wants_cuda
 
+ROOT = Path(__file__).resolve().parent.parent
 CUTLASS = ("nvidia-cutlass", "4.2.0.0")
 TORCH = "2.13.0"  # what is installed where there is none; the libraries run in any torch >= 2.10
 IMPORT_TORCH = "import torch; v = torch.__version__; assert tuple(map(int, v.split('.')[:2])) >= (2, 10), v; print(v)"
