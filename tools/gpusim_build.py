@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ SIMULATOR_FLAGS = (
     *("-fno-strict-aliasing", "-ffp-contract=off", "-frounding-math", "-fno-math-errno"),
 )
 HOST_FLAGS = ("-std=c++20", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Icsrc")
-PTX_TARGETS = {"80": "80", "90": "90a"}
+PTX_TARGETS = ("80", "90a")
 # PTX only, and readable: no ptxas run, no compression.
 PTX_FLAGS = tuple(f for f in NVCC_FLAGS if f not in ("-Xptxas", "-v")) + ("--no-compress", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
@@ -58,8 +57,8 @@ class Libraries:
 
 
 def gencode(stem: str) -> list[str]:
-    """*_sm90 files exist for 9.0a only, *_sm80 files for 8.0 only, all others for both."""
-    targets = [t for family, t in PTX_TARGETS.items() if not re.search(r"_sm\d\d$", stem) or stem.endswith(family)]
+    """*_sm90 files exist for 9.0a only, all others for both."""
+    targets = PTX_TARGETS[1:] if stem.endswith("_sm90") else PTX_TARGETS
     return [flag for t in targets for flag in ("-gencode", f"arch=compute_{t},code=compute_{t}")]
 
 
@@ -93,7 +92,7 @@ def cuda_flags(cuda: toolchain.Cuda, compiler: toolchain.Compiler) -> list[str]:
 def kernel_lines(lines: list[str], cuda: toolchain.Cuda, compiler: toolchain.Compiler) -> None:
     objects = []
     sources = kernel_sources()
-    families = [f"-DMOE_CUDA_{f.upper()}=1" for f in ("sm80", "sm90") if any(s.stem.endswith(f"_{f}") for s in sources)]
+    families = ["-DMOE_CUDA_SM90=1"] if any(s.stem.endswith("_sm90") for s in sources) else []
     for source in sources:
         output = FOLDER / f"{source.stem}.cu.o"
         objects.append(str(output))

@@ -1,7 +1,7 @@
 """Breaks kernels on purpose: one statement of PTX is dropped or changed as it is loaded, and a run of the op must notice.
 
-`python -m tests.gpusim.mutations` prints the table of MUTATIONS with what caught each; `--sweep` drops every synchronising
-statement of the kernels in turn, to find those that no run depends on.
+`python -m tests.gpusim.mutations` writes the table of MUTATIONS with what caught each; `--sweep` drops every synchronising
+statement of the kernels in turn, to find those that no run depends on. The tables are build products: build/gpusim/{mutations,sweep}.md.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def kernels_of_9_0() -> bool:
 
 
 def table(mutations: list[Mutation]) -> str:
-    rows = ["# Kernels broken on purpose", "", "Written by `python -m tests.gpusim.mutations --markdown docs/gpusim-mutations.md`.", ""]
+    rows = ["# Kernels broken on purpose", "", "Written by `python -m tests.gpusim.mutations`.", ""]
     rows += ["| mutation | kernel | caught |", "|---|---|---|"]
     for m in mutations:
         how = re.sub(r"_ZN?\w{40,}", "...", caught_by(m)) or "**not caught**"
@@ -290,8 +290,8 @@ def why_not(name: str, text: str, k: int) -> str:
 HEAD = """# Synchronising statements that are dropped
 
 Each in turn, as the kernel's PTX is loaded (a wait with a predicate is taken as true), in one run per order of events on the simulated
-GPU. Written by `python -m tests.gpusim.mutations --sweep --markdown docs/gpusim-sweep.md`, or of some kernels with their names after
-`--sweep`; the reasons are in that file.
+GPU. Written by `python -m tests.gpusim.mutations --sweep`, or of some kernels with their names after `--sweep`; the reasons are
+REASONS in that file.
 
 """
 
@@ -327,15 +327,14 @@ if __name__ == "__main__":
         help="names of SWEEPS, or none for all; reasons: nothing is run, the table gets today's reasons",
     )
     parser.add_argument("--kernel", help="with one name: another part of the kernels' mangled names")
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    parser.add_argument("--markdown", type=Path, help="where to write the table, if not to build/gpusim")
     options = parser.parse_args()
+    output = options.markdown or folder() / ("mutations.md" if options.sweep is None else "sweep.md")
     if options.sweep is None:
         text = table(MUTATIONS)
     else:
         chosen = [one for one in SWEEPS if one.name in (options.sweep or [one.name])]
-        before = options.markdown.read_text() if options.markdown and options.markdown.exists() else ""
+        before = output.read_text() if output.exists() else ""
         text = sweep([replace(one, kernel=options.kernel or one.kernel) for one in chosen], before)
-    if options.markdown:
-        options.markdown.write_text(text)
-    else:
-        print(text)
+    output.write_text(text)
+    print(f"wrote {output}")

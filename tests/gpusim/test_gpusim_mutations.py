@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.gpusim.harness import needs_nvcc
-from tests.gpusim.mutations import MUTATIONS, Mutation, caught_by, kernels_of_9_0
+from tests.gpusim.mutations import MUTATIONS, REASONS, SWEEPS, SYNCHRONISING, Mutation, caught_by, kernels_of_9_0
 
 pytestmark = needs_nvcc
 
@@ -21,3 +21,8 @@ def test_mutation_is_noticed(mutation: Mutation) -> None:
 def test_without_a_mutation_everything_is_right() -> None:
     for name in sorted({(m.architecture, m.case) for m in MUTATIONS}):
         assert caught_by(Mutation("none", *name, kernel="no such kernel", text="-")) == ""
+
+
+def test_reasons_are_about_drops_of_the_sweep() -> None:
+    for names, text, numbers, reason in REASONS:
+        assert set(names) <= {one.name for one in SWEEPS} and any(known.startswith(text) for known in SYNCHRONISING) and numbers, reason

@@ -77,10 +77,6 @@ class Strange(nn.Module):
         self.block = nn.Module()
         self.block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
 
-    @staticmethod
-    def dictionary() -> nn.ModuleDict:
-        return nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-
 
 def test_what_looks_like_experts_is_listed_with_the_reason() -> None:
     with pytest.raises(moe_ext.NoExpertsFound) as error:

@@ -108,10 +108,10 @@ def test_a_symbol_that_looks_like_an_advisory_is_none() -> None:
 
 
 def test_spill_is_an_error_in_a_gemm_kernel_only() -> None:
-    (complaint,) = checks.check_ptxas(SPILLING, "csrc/kernels/cuda/grouped_mm_sm80.cu")
+    (complaint,) = checks.check_ptxas(SPILLING, "csrc/kernels/cuda/grouped_mm.cu")
     assert "100 bytes" in complaint and "_Z3fooPf" in complaint and "sm_90a" in complaint
     assert checks.check_ptxas(SPILLING, "csrc/kernels/cuda/sort.cu") == []
-    assert checks.check_ptxas(CLEAN, "csrc/kernels/cuda/grouped_mm_sm80.cu") == []
+    assert checks.check_ptxas(CLEAN, "csrc/kernels/cuda/grouped_mm.cu") == []
 
 
 def test_run_nvcc_leaves_no_object_behind_a_complaint(tmp_path: Path) -> None:
@@ -177,13 +177,11 @@ def test_each_cuda_file_is_compiled_for_its_devices() -> None:
     archs, _ = plan.parse_archs("8.0+PTX;9.0a")
     a100 = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_80,code=compute_80"]
     hopper = ["-gencode", "arch=compute_90a,code=sm_90a"]
-    assert products.gencode_flags(archs, "grouped_mm_sm80") == a100
     assert products.gencode_flags(archs, "grouped_mm_sm90") == hopper
     assert products.gencode_flags(archs, "permute") == a100 + hopper
     # wgmma exists for 9.0a only, also when the list says 9.0; without either there is nothing to compile
     assert products.gencode_flags(plan.parse_archs("9.0")[0], "grouped_mm_sm90") == hopper
     assert products.gencode_flags(plan.parse_archs("8.0")[0], "grouped_mm_sm90") == []
-    assert products.gencode_flags(plan.parse_archs("9.0a")[0], "grouped_mm_sm80") == []
     for without in ("8.0+PTX;9.0a", "10.0", "10.0f", "12.0a"):
         assert products.gencode_flags(plan.parse_archs(without)[0], "grouped_mm_sm100") == []
     assert products.gencode_flags(plan.parse_archs("9.0a;10.0a")[0], "grouped_mm_sm100") == ["-gencode", "arch=compute_100a,code=sm_100a"]

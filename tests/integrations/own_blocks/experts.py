@@ -93,19 +93,6 @@ class Sequential(nn.Module):
         return self.net(x)
 
 
-class GateAndUpInOne(nn.Module):
-    """Gate and up are one linear layer of 2I rows."""
-
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
 class HalfBiased(Gated):
     """A bias on the way down alone."""
 
