@@ -16,7 +16,7 @@ VENV := $(VENVS)/.venv
 VENV_TF4 := $(VENVS)/.venv-tf4
 VENV_LINT := $(VENVS)/.venv-lint
 ENVIRONMENT := $(PYTHON) -m build_tools.environment
-CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 

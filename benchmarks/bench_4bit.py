@@ -62,7 +62,9 @@ class Loop(nn.ModuleList):
 
 def grouped(experts: Loop, cache: DenseCache | None) -> Callable[..., Tensor]:
     def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        found = {name: read([e._modules[name] for e in experts], x, cache) for name in ("gate_proj", "up_proj", "down_proj")}
+        found: dict[str, Any] = {
+            name: read([e._modules[name] for e in experts], x, cache) for name in ("gate_proj", "up_proj", "down_proj")
+        }
         assert all(isinstance(projection, Quantized4bit) for projection in found.values()), found
         return functional.grouped_experts(x, top_k_index, top_k_weights, ExpertWeights(**found))
 
@@ -73,7 +75,7 @@ def run_row(shape: Shape, experts: Loop, dtype: torch.dtype, tokens: int, args: 
     index, w = routing(shape, tokens)
     leaves = [torch.randn(tokens, shape.H).to(dtype).requires_grad_(), w.requires_grad_()]
     cotangent, cache = torch.randn(tokens, shape.H).to(dtype), DenseCache()
-    functions = {LOOP: experts, RECOMPUTE: grouped(experts, None), CACHE: grouped(experts, cache)}
+    functions: dict[str, Callable[..., Tensor]] = {LOOP: experts, RECOMPUTE: grouped(experts, None), CACHE: grouped(experts, cache)}
 
     def step(function: Callable[..., Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(leaves[0], index, leaves[1]), leaves, cotangent)

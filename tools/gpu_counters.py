@@ -66,7 +66,7 @@ class Row:
     part: str = "all"
 
     def build(self, s: Shape) -> Build:
-        rows = {"T": s.T, "K": s.K, "E": s.E, "H": s.H, "ids": "sparse"}
+        rows: dict[str, Any] = {"T": s.T, "K": s.K, "E": s.E, "H": s.H, "ids": "sparse"}
         if self.op == "sort_by_expert":
             return lambda m: ((m.ids("sparse", s.T, s.K, s.E, torch.int64), s.E), {})
         if "permute" in self.op:
@@ -74,7 +74,7 @@ class Row:
         if "activation" in self.op:
             return activation_case(backward=self.op.endswith("backward"), S=s.T * s.K, I=s.I)
         if self.op.startswith("grouped_mm") or self.op == "grouped_bias_grad":
-            sizes = {"T": s.T, "K": s.K, "E": s.E, "inputs": s.H, "outputs": s.N, "ids": "sparse"}
+            sizes: dict[str, Any] = {"T": s.T, "K": s.K, "E": s.E, "inputs": s.H, "outputs": s.N, "ids": "sparse"}
             return mm_case(self.op, transposed="N-major" in self.what, **sizes)
         whole = layer(I=s.I, **rows)
         return backward_of(whole, FROZEN if "frozen" in self.what else STACKED) if self.op == "_grouped_backward" else whole
@@ -195,8 +195,8 @@ def main() -> int:
         lines = differences(counters, json.loads(FILE.read_text()))
         print("\n".join(lines) or "as recorded")
         return int(bool(lines))
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(counts)}" for key, counts in counters.items())
-    FILE.write_text(f'{{"nvcc": "{nvcc_version()}", "counters": {{\n{lines}\n}}}}\n')
+    text = ",\n".join(f"  {json.dumps(key)}: {json.dumps(counts)}" for key, counts in counters.items())
+    FILE.write_text(f'{{"nvcc": "{nvcc_version()}", "counters": {{\n{text}\n}}}}\n')
     FILE.with_suffix(".md").write_text(table(counters))
     print(table(counters))
     return 0

@@ -84,7 +84,7 @@ def layer(
         gate_up, down = m.floats(E, width, H, fan_in=H), m.floats(E, H, I, fan_in=I)
         if options.get("transposed"):
             gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
-        biases = (m.floats(E, width), m.floats(E, H)) if bias else (None, None)
+        biases: tuple[Tensor | None, ...] = (m.floats(E, width), m.floats(E, H)) if bias else (None, None)
         if strided:
             x, w, top_k_index = spread(x), spread(w, 0), spread(top_k_index)
             gate_up, down = spread(gate_up, 1), spread(down.mT, 1).mT
@@ -177,6 +177,11 @@ def mm_case(
     return build
 
 
+def ids_case(kind: str, dtype: torch.dtype) -> Build:
+    """sort_by_expert."""
+    return lambda m: ((m.ids(kind, 33, 4, 7, dtype), 7), {})
+
+
 def activation_case(backward: bool = False, S: int = 12, I: int = 20, **options: Any) -> Build:  # noqa: E741
     def build(m: Maker) -> Inputs:
         pre_act = m.floats(S, I * (2 if options.get("gated", True) else 1))
@@ -185,9 +190,9 @@ def activation_case(backward: bool = False, S: int = 12, I: int = 20, **options:
     return build
 
 
-OAI = {"activation": "swigluoai", "alpha": 1.702, "limit": 1.0}
-GPT_OSS = {**OAI, "transposed": True, "interleaved": True, "bias": True}
-TINY = {"T": 4, "K": 2, "E": 3, "H": 5, "I": 3}
+OAI: dict[str, Any] = {"activation": "swigluoai", "alpha": 1.702, "limit": 1.0}
+GPT_OSS: dict[str, Any] = {**OAI, "transposed": True, "interleaved": True, "bias": True}
+TINY: dict[str, Any] = {"T": 4, "K": 2, "E": 3, "H": 5, "I": 3}
 ALL_STACKED = Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS | Needs.GATE_UP | Needs.DOWN | Needs.GATE_UP_BIAS | Needs.DOWN_BIAS
 ALL_LISTED = ALL_STACKED | Needs.UP | Needs.UP_BIAS
 UNGATED = ALL_LISTED & ~(Needs.GATE_UP | Needs.GATE_UP_BIAS)
@@ -244,7 +249,7 @@ OPS: dict[str, Op] = {
     "grouped_forward": Op(plain.grouped_forward, (0, 2, 3, 4, 5, 6), LAYERS),
     "grouped_forward.list": Op(plain.grouped_forward_list, (0, 2, 3, 4, 5, 6, 7, 8), LISTS),
     "sort_by_expert": Op(plain.sort_by_expert, (), {
-        f"{kind}_{str(d).removeprefix('torch.')}": lambda m, kind=kind, d=d: ((m.ids(kind, 33, 4, 7, d), 7), {})
+        f"{kind}_{str(d).removeprefix('torch.')}": ids_case(kind, d)
         for kind, d in (("random", torch.int64), ("dropped", torch.int32), ("sparse", torch.int64), ("one", torch.int32))
     }),
     "permute": Op(plain.permute, (0,), {"default": rows_case("permute"), "no_rows": rows_case("permute", T=0)}),

@@ -135,6 +135,7 @@ def grouped_forward_train_list(
 def _backward(grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, maps: Any, ups: list[Any], down: Any, down_bias: Any, options: Any) -> Any:
     """Gradients by bit of `Needs`: autograd through everything after the pre-activation, then the up projections by hand."""
     spec, needs, top_k = _spec(options), Needs(options["needs"]), w.shape[1]
+    offsets, r2s, s2r = maps
     listed = not isinstance(down, Tensor)
     with torch.enable_grad():
         pre, w_ = pre_act.detach().requires_grad_(), w.detach().requires_grad_()
@@ -142,20 +143,20 @@ def _backward(grad: Tensor, x: Any, w: Tensor, pre_act: Tensor, maps: Any, ups: 
         downs = [d.detach().requires_grad_() for d in down]
         biases = [pre.new_zeros(grad.shape[1], requires_grad=True) if down_bias is None else b.detach().requires_grad_()
                   for b in (down if down_bias is None else down_bias)]  # fmt: skip
-        out = unpermute(grouped_mm(act, downs, maps[0], biases, transposed=spec.transposed), *maps[1:], top_k, w_)
+        out = unpermute(grouped_mm(act, downs, offsets, biases, transposed=spec.transposed), r2s, s2r, top_k, w_)
         found = torch.autograd.grad(out, [pre, w_, *downs, *biases], grad)
     d_pre, d_w, d_down, d_bias = found[0], found[1], found[2 : 2 + len(downs)], found[2 + len(downs) :]
     pack = list if listed else lambda ts: [torch.stack(list(ts))]
     results: dict[Needs, list[Tensor]] = {Needs.TOP_K_WEIGHTS: [d_w], Needs.DOWN: pack(d_down), Needs.DOWN_BIAS: pack(d_bias)}
     parts = d_pre.chunk(len(ups), -1)
-    d_rows = sum(grouped_mm(d, up, maps[0], transposed=not spec.transposed) for d, up in zip(parts, ups, strict=True))
-    results[Needs.HIDDEN_STATES] = [unpermute(d_rows, *maps[1:], top_k)]
+    d_rows = sum(grouped_mm(d, up, offsets, transposed=not spec.transposed) for d, up in zip(parts, ups, strict=True))
+    results[Needs.HIDDEN_STATES] = [unpermute(d_rows, r2s, s2r, top_k)]
     up_bits = [(Needs.GATE_UP, Needs.GATE_UP_BIAS), (Needs.UP, Needs.UP_BIAS)]
     for d, (bit, bias_bit) in zip(parts, up_bits[-len(ups) :] if listed else up_bits, strict=False):
-        results[bias_bit] = pack(d[rows].sum(0) for rows in _segments(maps[0]))
+        results[bias_bit] = pack(d[rows].sum(0) for rows in _segments(offsets))
         if x is not None:
-            rows_x = permute(x, *maps[1:], top_k)
-            results[bit] = pack(grouped_mm_wgrad_list(*((rows_x, d) if spec.transposed else (d, rows_x)), maps[0]))
+            rows_x = permute(x, r2s, s2r, top_k)
+            results[bit] = pack(grouped_mm_wgrad_list(*((rows_x, d) if spec.transposed else (d, rows_x)), offsets))
     return [t for bit in sorted(results) if bit in needs for t in results[bit]]
 
 
