@@ -3,6 +3,7 @@
 #   make test     the tests, under transformers 5 and under transformers 4
 #   make lint     ruff, clang-format, mypy          make format   the first two, applied
 #   make build    the libraries, in place           make bench    forward and backward against transformers
+#   make build-all  CUDA's too wherever nvcc is: demo and build leave them out on a machine without an NVIDIA driver
 #   make gpu      tests, speed and profile on the GPU of this machine, into benchmarks/results; GPU_FLAGS, as --only speed
 #   make gpu-status  what has run on a GPU, and whether it was today's CUDA sources
 #   make gpu-counters  what the CUDA kernels move, counted on the simulated GPU (needs nvcc)
@@ -20,20 +21,26 @@ CXX_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format build build-all bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
+
+# They share environments and build folders.
+.NOTPARALLEL:
 
 build:
 	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
+
+build-all:
+	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build --cuda
 
 demo: build
 	$(VENV)/bin/python -m moe_ext demo
 
 test: test-tf5 test-tf4
 
-test-tf5: build
+test-tf5: build-all
 	$(VENV)/bin/python -m pytest $(TESTS) $(PYTEST_FLAGS)
 
-test-tf4: build
+test-tf4: build-all
 	@$(ENVIRONMENT) $(VENV_TF4) --torch -r requirements/test-tf4.txt --source-path
 	$(VENV_TF4)/bin/python -m pytest $(TESTS) -m tf4 $(PYTEST_FLAGS)
 
@@ -63,10 +70,10 @@ gpu: build
 gpu-status:
 	@$(PYTHON) -m benchmarks.gpu.status
 
-gpu-counters: build
+gpu-counters: build-all
 	$(VENV)/bin/python -m tools.gpu_counters
 
-gpusim-full: build
+gpusim-full: build-all
 	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest tests/gpusim $(PYTEST_FLAGS)
 
 clean:
