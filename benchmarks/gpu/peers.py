@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.figures import COMPILED, CUBLAS, GROUPED_MM, LIGER, OURS, SCATTERMOE, SONICMOE, TRANSFORMERS
+from benchmarks.gpu.cases import COMPILED, CUBLAS, GROUPED_MM, LIGER, OURS, SCATTERMOE, SONICMOE, TRANSFORMERS
 from benchmarks.peers import Experts, transformers_experts
 from benchmarks.shapes import Shape, routing
 from moe_ext import ops

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.cases import OURS, Case, Record
 from benchmarks.gpu.device import Device, device_named
-from benchmarks.gpu.figures import OURS, Case, Record
 from benchmarks.gpu.peers import PEERS, Inputs, Layer
 from benchmarks.gpu.results import ResultFile
 from benchmarks.gpu.speed import check_device, one_line

@@ -20,11 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import correctness as gpu_correctness
-from benchmarks.gpu import figures as gpu_figures
-from benchmarks.gpu import peers as gpu_peers
-from benchmarks.gpu import profile as gpu_profile
-from benchmarks.gpu import speed as gpu_speed
+from benchmarks.gpu import cases, correctness, peers, profile, speed, tables
 from benchmarks.gpu.device import Device, device_named
 from benchmarks.gpu.results import Render, ResultFile
 from benchmarks.gpu.status import PHASES, RESULTS, failures
@@ -34,8 +30,8 @@ from benchmarks.shapes import SHAPES
 SHARE = {"correctness": 0.35, "speed": 0.5, "profile": 0.15}  # of the time; what a phase does not need, the next ones have
 RENDERS: dict[str, dict[str, Render]] = {
     "correctness": {},
-    "speed": {".csv": gpu_figures.as_csv, ".md": gpu_figures.as_markdown},
-    "profile": {".md": gpu_profile.as_markdown},
+    "speed": {".csv": tables.as_csv, ".md": tables.as_markdown},
+    "profile": {".md": profile.as_markdown},
 }
 SILENCE = 240  # seconds: a peer that tunes itself compiles dozens of variants
 
@@ -45,10 +41,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="phases to run")
     parser.add_argument("--seconds", type=float, default=540, help="for everything together")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the files go, and where earlier ones are added to")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(gpu_speed.DEFAULT_SHAPES), help="of the speed phase, in order")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(gpu_speed.DEFAULT_TOKENS), help="of the speed phase, in order")
-    parser.add_argument("--modes", nargs="+", choices=gpu_figures.MODES, default=list(gpu_figures.MODES), help="of the speed phase")
-    parser.add_argument("--peers", nargs="*", choices=gpu_peers.NAMES, default=list(gpu_peers.NAMES), help="beside moe_ext and cuBLAS")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(speed.DEFAULT_SHAPES), help="of the speed phase, in order")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(speed.DEFAULT_TOKENS), help="of the speed phase, in order")
+    parser.add_argument("--modes", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="of the speed phase")
+    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=list(peers.NAMES), help="beside moe_ext and cuBLAS")
     parser.add_argument("--bring", type=Path, help="a folder of packages that are not installed (pip install --target), for peers")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="of the correctness phase, as pytest takes them")
     parser.add_argument("--processes", type=int, default=4, help="of the correctness phase")
@@ -61,13 +57,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def jobs(options: argparse.Namespace) -> tuple[gpu_speed.Job, gpu_profile.Job]:
-    names = [gpu_figures.OURS, gpu_figures.CUBLAS, *(gpu_peers.NAMES[name] for name in options.peers)]
-    speed = gpu_speed.Job(options.shapes, options.tokens, options.modes, names)
+def jobs(options: argparse.Namespace) -> tuple[speed.Job, profile.Job]:
+    names = [cases.OURS, cases.CUBLAS, *(peers.NAMES[name] for name in options.peers)]
+    timed = speed.Job(options.shapes, options.tokens, options.modes, names)
     if options.quick:
-        speed.samples, speed.sample_ms = 3, 0.01
-        return speed, gpu_profile.Job("tiny", (16,))
-    return speed, gpu_profile.Job()
+        timed.samples, timed.sample_ms = 3, 0.01
+        return timed, profile.Job("tiny", (16,))
+    return timed, profile.Job()
 
 
 def build(deadline: Deadline) -> bool:
@@ -86,13 +82,13 @@ def work(options: argparse.Namespace, device: Device) -> int:
     """One phase in this process, after `run_phase` in another has begun its file."""
     file = ResultFile(options.out, options.worker, device, RENDERS[options.worker])
     file.resume()
-    deadline, (speed, profile) = Deadline(options.seconds), jobs(options)
+    deadline, (timed, profiled) = Deadline(options.seconds), jobs(options)
     try:
         if options.worker == "speed":
-            gpu_speed.run(speed, device, file, deadline)
+            speed.run(timed, device, file, deadline)
         else:
-            gpu_profile.run(profile, device, file, deadline)
-    except gpu_speed.DeviceLost as error:
+            profile.run(profiled, device, file, deadline)
+    except speed.DeviceLost as error:
         print(error, file=sys.stderr)
         return LOST
     return DONE
@@ -104,7 +100,7 @@ def run_phase(phase: str, options: argparse.Namespace, arguments: list[str], dev
         print(file.displaced)
     file.begin(arguments)
     if phase == "correctness":
-        gpu_correctness.run(gpu_correctness.Tests(tuple(options.tests), options.processes), device, file, deadline)
+        correctness.run(correctness.Tests(tuple(options.tests), options.processes), device, file, deadline)
     else:
         with tempfile.TemporaryDirectory() as folder:
             program = [sys.executable, "-m", "benchmarks.gpu.run", *arguments, "--worker", phase, "--seconds"]

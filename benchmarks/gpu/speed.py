@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.cases import CUBLAS, GROUPED_MM, MODES, OURS, Case, Record
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.figures import CUBLAS, GROUPED_MM, MODES, OURS, Case, Record, derive, judge_memory
+from benchmarks.gpu.goals import derive, judge_memory
 from benchmarks.gpu.peers import COMPILED, COMPILED_TOKENS, PEERS, Candidate, Inputs, Layer, LeftOut
 from benchmarks.gpu.results import ResultFile
 from benchmarks.gpu.supervise import Deadline, abandoned, announce

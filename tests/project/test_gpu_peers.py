@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import peers as gpu_peers
-from benchmarks.gpu.figures import LIGER, SCATTERMOE, SONICMOE
+from benchmarks.gpu.cases import LIGER, SCATTERMOE, SONICMOE
 from benchmarks.shapes import SHAPES
 from moe_ext import reference
 from moe_ext.experts import ExpertSpec, ExpertWeights

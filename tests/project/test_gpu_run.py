@@ -16,15 +16,16 @@ import pytest
 import torch
 
 from benchmarks.gpu import correctness as gpu_correctness
-from benchmarks.gpu import figures as gpu_figures
+from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu import peers as gpu_peers
 from benchmarks.gpu import profile as gpu_profile
 from benchmarks.gpu import speed as gpu_speed
 from benchmarks.gpu import status as gpu_status
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu.cases import CUBLAS, GROUPED_MM, LIGER, MODES, OURS, TRANSFORMERS, Case
 from benchmarks.gpu.device import Cpu
-from benchmarks.gpu.figures import CUBLAS, GROUPED_MM, LIGER, OURS, TRANSFORMERS, Case
 from benchmarks.gpu.results import ResultFile
-from benchmarks.gpu.supervise import Deadline, supervise
+from benchmarks.gpu.supervise import Deadline, search_path, supervise
 from benchmarks.shapes import SHAPES
 from moe_ext import ops
 from tests.gpusim.record import FILE, source_digest
@@ -143,7 +144,7 @@ def test_the_tests_for_a_gpu_run_on_the_cpu() -> None:
 
 # ---- adding up, and time
 def run_speed(job: gpu_speed.Job, folder: Path, seconds: float = 60.0) -> ResultFile:
-    file = ResultFile(folder, "speed", Cpu(), {".md": gpu_figures.as_markdown})
+    file = ResultFile(folder, "speed", Cpu(), {".md": gpu_tables.as_markdown})
     file.begin([])
     gpu_speed.run(job, Cpu(), file, Deadline(seconds))
     return file
@@ -254,6 +255,13 @@ def test_a_worker_that_cannot_start_is_tried_once(tmp_path: Path) -> None:
     }
 
 
+def test_packages_that_are_brought_along_come_before_installed_ones(tmp_path: Path) -> None:
+    (tmp_path / "pytest.py").write_text("NAME = 'brought'\n")
+    code = "import pytest, benchmarks.gpu.status; print(pytest.NAME)"
+    environ = {**os.environ, **search_path(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", env=environ, capture_output=True, text=True).stdout == "brought\n"
+
+
 # ---- what times mean
 def expected_hit(case: Case) -> float:
     s = case.shape
@@ -266,7 +274,7 @@ def expected_hit(case: Case) -> float:
     ("gpt_oss", 1024, (395.0, 406.0, 812.0, 417.0)),
 ])  # fmt: skip
 def test_floors_are_those_computed_by_hand(shape: str, tokens: int, microseconds: tuple[float, ...]) -> None:
-    for mode, us in zip(gpu_figures.MODES, microseconds, strict=True):
+    for mode, us in zip(MODES, microseconds, strict=True):
         case = Case(SHAPES[shape], mode, tokens)
         assert round(1e3 * case.floor_ms(expected_hit(case)), 1) == us, mode
 
@@ -277,7 +285,7 @@ def times(**p50: float) -> dict[str, dict[str, Any]]:
 
 def test_goals_are_judged_in_their_direction() -> None:
     def verdicts(mode: str, tokens: int, launch: str = "eager", **p50: float) -> dict[str, str]:
-        return {g["of"]: g["verdict"] for g in gpu_figures.derive(Case(SHAPES["qwen3"], mode, tokens, launch), 128, times(**p50))["goals"]}
+        return {g["of"]: g["verdict"] for g in gpu_goals.derive(Case(SHAPES["qwen3"], mode, tokens, launch), 128, times(**p50))["goals"]}
 
     units = Case(SHAPES["qwen3"], "forward-training", 16384).flops()
     for tflops, verdict in ((560, "target met"), (510, "must met"), (499, "missed")):

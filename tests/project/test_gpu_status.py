@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import figures as gpu_figures
+from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu import status as gpu_status
-from benchmarks.gpu.figures import CUBLAS, OURS, TRANSFORMERS, Case
+from benchmarks.gpu.cases import CUBLAS, OURS, TRANSFORMERS, Case
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def test_status_says_what_is_current_stale_and_failed(tmp_path: Path) -> None:
 
 def test_readme_table_comes_from_the_files() -> None:
     case = Case(SHAPES["qwen3"], "forward-inference", 16384)
-    record = gpu_figures.derive(case, 128, {name: {"p50": ms} for name, ms in ((OURS, 2.4), (CUBLAS, 1.8), (TRANSFORMERS, 4.8))})
+    record = gpu_goals.derive(case, 128, {name: {"p50": ms} for name, ms in ((OURS, 2.4), (CUBLAS, 1.8), (TRANSFORMERS, 4.8))})
     block = gpu_status.readme_block({"speed": made_on_a_gpu("speed", {case.key: record}, gpu_status.source_digests())})
     row = "| qwen3 | 16384 | forward-inference | eager | 2.4 | 515.4 | 75 % | 65 % | 2.00 | 500 / 550 TFLOP/s | must met |"
     assert row in block.splitlines() and "The tests have not run on a GPU yet." in block
