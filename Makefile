@@ -3,6 +3,7 @@
 #   make test     the tests, under transformers 5 and under transformers 4
 #   make lint     ruff, clang-format, mypy          make format   the first two, applied
 #   make build    the libraries, in place           make bench    forward and backward against transformers
+#   make build-all  CUDA's too wherever nvcc is: demo and build leave them out on a machine without an NVIDIA driver
 #   make gpu      tests, speed and profile on the GPU of this machine, into benchmarks/results; GPU_FLAGS, as --only speed
 #   make gpu-status  what has run on a GPU, and whether it was today's CUDA sources
 #   make gpu-counters  what the CUDA kernels move, counted on the simulated GPU (needs nvcc)
@@ -15,30 +16,36 @@ VENVS ?= .
 VENV := $(VENVS)/.venv
 VENV_TF4 := $(VENVS)/.venv-tf4
 VENV_LINT := $(VENVS)/.venv-lint
-ENVIRONMENT := $(PYTHON) build_tools/environment.py
-CXX_SOURCES = $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+ENVIRONMENT := $(PYTHON) -m build_tools.environment
+CXX_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 smoke lint format build bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format build build-all bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
+
+# They share environments and build folders.
+.NOTPARALLEL:
 
 build:
 	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build
+
+build-all:
+	@$(ENVIRONMENT) $(VENV) --torch -r requirements/test.txt --build --cuda
 
 demo: build
 	$(VENV)/bin/python -m moe_ext demo
 
 test: test-tf5 test-tf4
 
-test-tf5: build
+test-tf5: build-all
 	$(VENV)/bin/python -m pytest $(TESTS) $(PYTEST_FLAGS)
 
-test-tf4: build
+test-tf4: build-all
 	@$(ENVIRONMENT) $(VENV_TF4) --torch -r requirements/test-tf4.txt --source-path
 	$(VENV_TF4)/bin/python -m pytest $(TESTS) -m tf4 $(PYTEST_FLAGS)
 
 smoke: build
-	$(VENV)/bin/python build_tools/release_smoke.py $(VENVS)/.venv-releases --json docs/release-smoke.json --markdown docs/release-smoke.md
+	$(VENV)/bin/python -m tools.release_smoke $(VENVS)/.venv-releases --json docs/release-smoke.json --markdown docs/release-smoke.md
 
 lint-environment:
 	@$(ENVIRONMENT) $(VENV_LINT) -r requirements/lint.txt
@@ -55,19 +62,19 @@ format: lint-environment
 	$(VENV_LINT)/bin/clang-format -i $(CXX_SOURCES)
 
 bench: build
-	$(VENV)/bin/python benchmarks/bench_grouped_forward.py
+	$(VENV)/bin/python -m benchmarks.bench_grouped_forward
 
 gpu: build
-	$(VENV)/bin/python benchmarks/gpu_run.py $(GPU_FLAGS)
+	$(VENV)/bin/python -m benchmarks.gpu.run $(GPU_FLAGS)
 
 gpu-status:
-	@$(PYTHON) build_tools/gpu_status.py
+	@$(PYTHON) -m benchmarks.gpu.status
 
-gpu-counters: build
-	$(VENV)/bin/python -m build_tools.gpu_counters
+gpu-counters: build-all
+	$(VENV)/bin/python -m tools.gpu_counters
 
-gpusim-full: build
-	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest $(wildcard tests/test_gpusim*.py) $(PYTEST_FLAGS)
+gpusim-full: build-all
+	GPUSIM_FULL=1 $(VENV)/bin/python -m pytest tests/gpusim $(PYTEST_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache

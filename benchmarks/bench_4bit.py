@@ -1,7 +1,7 @@
 """Frozen 4-bit experts, as under QLoRA: the ModuleList loop of bitsandbytes' Linear4bit against moe_ext, forward and backward to the
 hidden states and routing weights.
 
-    python benchmarks/bench_4bit.py [--shapes small qwen3] [--dtypes bfloat16] [--tokens 16 512] [--quick]
+    python -m benchmarks.bench_4bit [--shapes small qwen3] [--dtypes bfloat16] [--tokens 16 512] [--quick]
 
 Hidden states, computation and the weights before they were quantized have one dtype; NF4 with double quantization, blocks of 64.
 Reading the modules is part of each call of moe_ext. All candidates of a row share the packed weights and run in turns.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
-from harness import Candidate, machine, markdown_table, measure, milliseconds, write
-from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
+from benchmarks.harness import Candidate, machine, markdown_table, measure, milliseconds, write
+from benchmarks.shapes import SHAPES, Shape, routing
 from moe_ext import functional, testing
 from moe_ext.cli.memory import peak_bytes
 from moe_ext.experts import ExpertWeights
@@ -62,7 +62,9 @@ class Loop(nn.ModuleList):
 
 def grouped(experts: Loop, cache: DenseCache | None) -> Callable[..., Tensor]:
     def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        found = {name: read([e._modules[name] for e in experts], x, cache) for name in ("gate_proj", "up_proj", "down_proj")}
+        found: dict[str, Any] = {
+            name: read([e._modules[name] for e in experts], x, cache) for name in ("gate_proj", "up_proj", "down_proj")
+        }
         assert all(isinstance(projection, Quantized4bit) for projection in found.values()), found
         return functional.grouped_experts(x, top_k_index, top_k_weights, ExpertWeights(**found))
 
@@ -73,7 +75,7 @@ def run_row(shape: Shape, experts: Loop, dtype: torch.dtype, tokens: int, args: 
     index, w = routing(shape, tokens)
     leaves = [torch.randn(tokens, shape.H).to(dtype).requires_grad_(), w.requires_grad_()]
     cotangent, cache = torch.randn(tokens, shape.H).to(dtype), DenseCache()
-    functions = {LOOP: experts, RECOMPUTE: grouped(experts, None), CACHE: grouped(experts, cache)}
+    functions: dict[str, Callable[..., Tensor]] = {LOOP: experts, RECOMPUTE: grouped(experts, None), CACHE: grouped(experts, cache)}
 
     def step(function: Callable[..., Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(leaves[0], index, leaves[1]), leaves, cotangent)

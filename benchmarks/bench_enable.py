@@ -10,7 +10,10 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +34,7 @@ def build() -> torch.nn.Module:
     return transformers.Qwen3MoeForCausalLM(config)
 
 
-def seconds(call) -> float:
+def seconds(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -42,13 +45,14 @@ def guard_microseconds(model: torch.nn.Module, rounds: int = 9, calls: int = 200
     x = torch.randn(4, 32)
     for module in model.modules():
         for one in patch.patches_of(module).values():
-            return 1e6 * _median(lambda one=one, module=module: one.replacement.reader.read(module, x), rounds, calls)
+            if isinstance(one.replacement, patch.MethodReplacement):
+                return 1e6 * _median(partial(one.replacement.reader.read, module, x), rounds, calls)
         if decorated.plan_of(module) is not None:
-            return 1e6 * _median(lambda module=module: decorated.read_adapted(module, x), rounds, calls)
+            return 1e6 * _median(partial(decorated.read_adapted, module, x), rounds, calls)
     raise RuntimeError("nothing is enabled")
 
 
-def _median(call, rounds: int, calls: int) -> float:
+def _median(call: Callable[[], Any], rounds: int, calls: int) -> float:
     return statistics.median(seconds(lambda: [call() for _ in range(calls)]) / calls for _ in range(rounds))
 
 

@@ -1,6 +1,6 @@
 """torch.ops.moe.grouped_forward against transformers' eager, batched_mm and grouped_mm experts and against the ModuleList loop.
 
-    python benchmarks/bench_grouped_forward.py [--shapes qwen3 olmoe] [--dtypes bfloat16] [--tokens 1 16] [--modes forward] [--quick]
+    python -m benchmarks.bench_grouped_forward [--shapes qwen3 olmoe] [--dtypes bfloat16] [--tokens 1 16] [--modes forward] [--quick]
 
 Modes: forward (no gradients), frozen (forward and backward to x and the routing weights), full (and to all expert weights).
 All candidates of a row share the weights and run in turns. Memory: the weights of one layer, twice that in mode full.
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Candidate, Timing, ceiling, machine, markdown_table, measure, milliseconds, write
-from peers import TRANSFORMERS, Experts, module_list_loop, transformers_experts
-from shapes import ROUTINGS, SHAPES, Shape, routing
 from torch import Tensor, nn
 
+from benchmarks.harness import Candidate, Timing, ceiling, machine, markdown_table, measure, milliseconds, write
+from benchmarks.peers import TRANSFORMERS, Experts, module_list_loop, transformers_experts
+from benchmarks.shapes import ROUTINGS, SHAPES, Shape, routing
 from moe_ext import ops, testing
 
 MODES = ("forward", "frozen", "full")

@@ -1,6 +1,6 @@
 """A training step of one expert layer with LoRA of PEFT on every projection: moe_ext against PEFT's own way.
 
-    python benchmarks/bench_lora.py [--shapes small] [--dtypes bfloat16] [--tokens 64 512] [--rank 16] [--threads 1] [--quick]
+    python -m benchmarks.bench_lora [--shapes small] [--dtypes bfloat16] [--tokens 64 512] [--rank 16] [--threads 1] [--quick]
 
 Stacked experts (transformers 5, `target_parameters`), where PEFT adds the adapters to the whole stack and transformers' grouped_mm or
 loop multiplies with the sum; and one module per expert (`target_modules`), where PEFT's layers are called expert by expert.
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Candidate, machine, markdown_table, measure, milliseconds, write
-from peers import transformers_experts
 from peft import LoraConfig, get_peft_model
-from shapes import SHAPES, Shape, routing
 from torch import Tensor, nn
 
 import moe_ext
+from benchmarks.harness import Candidate, machine, markdown_table, measure, milliseconds, write
+from benchmarks.peers import transformers_experts
+from benchmarks.shapes import SHAPES, Shape, routing
 from moe_ext import functional, testing
 from moe_ext.cli.memory import peak_bytes
 from moe_ext.experts import ExpertWeights

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor, nn
+
+from benchmarks.shapes import Shape
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")

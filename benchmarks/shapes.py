@@ -19,10 +19,6 @@ class Shape:
     E: int
     K: int
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """All weights of one layer."""
-        return 3 * self.E * self.H * self.I * dtype.itemsize
-
     def flops(self, tokens: int, mode: str) -> int:
         """Forward 6 T K H I; a backward adds as much for each operand that needs a gradient: the rows, and the weights."""
         return {"forward": 6, "frozen": 12, "full": 18}[mode] * tokens * self.K * self.H * self.I

@@ -1,7 +1,9 @@
-"""Sets up one virtual environment for the Makefile: `environment.py FOLDER -r FILE... [--torch] [--build | --source-path]`.
+"""Sets up one virtual environment for the Makefile:
+`python -m build_tools.environment FOLDER -r FILE... [--torch] [--build [--cuda] | --source-path]`.
 
 Each step leaves a stamp with a digest of what it depends on, so a second call is quick. A torch that this Python already has is
-used as it is. Otherwise one is installed, but never a CUDA build, with its gigabytes, on a machine without an NVIDIA driver.
+used as it is. Otherwise one is installed, but never a CUDA build, with its gigabytes, on a machine without an NVIDIA driver. Nor are the
+CUDA kernels compiled there, which takes minutes, unless MOE_EXT_CUDA=1 or --cuda asks for it: tests read the library without running it.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from build_tools.toolchain import wants_cuda  # noqa: E402
+from .toolchain import BuildError, wants_cuda
 
+ROOT = Path(__file__).resolve().parent.parent
 CUTLASS = ("nvidia-cutlass", "4.2.0.0")
 TORCH = "2.13.0"  # what is installed where there is none; the libraries run in any torch >= 2.10
 IMPORT_TORCH = "import torch; v = torch.__version__; assert tuple(map(int, v.split('.')[:2])) >= (2, 10), v; print(v)"
 READ_TORCH = "from importlib.metadata import version; print(version('torch'))"
 SOURCES = {".cpp", ".h", ".cu", ".cuh", ".py"}
-SETTINGS = "MOE_EXT_CUDA MOE_EXT_TORCH TORCH_CUDA_ARCH_LIST CXX CXXFLAGS LDFLAGS CUDACXX CUDA_HOME CUTLASS_PATH".split()
+SETTINGS = "MOE_EXT_TORCH TORCH_CUDA_ARCH_LIST CXX CXXFLAGS LDFLAGS CUDACXX CUDA_HOME CUTLASS_PATH".split()
 
 
 class Stop(Exception):
@@ -40,6 +42,12 @@ def has_nvidia_driver() -> bool:
     return program is not None and subprocess.run([program, "-L"], capture_output=True).returncode == 0
 
 
+def leaves_cuda_out(environ: Mapping[str, str], wherever_nvcc_is: bool) -> bool:
+    """Whether CUDA is not compiled although nvcc is found: nobody asked for it, and nothing here could run it."""
+    asked = wherever_nvcc_is or environ.get("MOE_EXT_CUDA")
+    return not asked and wants_cuda(environ) and not has_nvidia_driver()
+
+
 def torch_of(python: Path | str, probe: str = READ_TORCH) -> str:
     """Version of an interpreter's torch, or ''. Reading it is quick; importing it proves that it works and is new enough."""
     found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, cwd="/")
@@ -51,12 +59,12 @@ class Environment:
         self.folder = folder.absolute()
         self.python = self.folder / "bin" / "python"
 
-    def run(self, *arguments: str) -> None:
-        if subprocess.run([str(self.python), *arguments], cwd=ROOT).returncode:
+    def run(self, *arguments: str, environ: Mapping[str, str] = os.environ) -> None:
+        if subprocess.run([str(self.python), *arguments], cwd=ROOT, env=environ).returncode:
             raise Stop(f"{self.python} {' '.join(arguments)} failed; the reason is above.")
 
-    def pip(self, *arguments: str) -> None:
-        self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+    def pip(self, *arguments: str, environ: Mapping[str, str] = os.environ) -> None:
+        self.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, environ=environ)
 
     def is_done(self, step: str, digest: str) -> bool:
         stamp = self.folder / f".{step}.stamp"
@@ -114,7 +122,7 @@ class Environment:
 
     def install_cutlass(self) -> None:
         """Its headers, and nothing else of the package (third_party/README.md): its own requirements serve its Python part."""
-        if not wants_cuda(os.environ) or os.environ.get("CUTLASS_PATH") or (ROOT / "third_party" / "cutlass").is_dir():
+        if os.environ.get("CUTLASS_PATH") or (ROOT / "third_party" / "cutlass").is_dir():
             return
         looked = subprocess.run(
             [str(self.python), "-c", f"from importlib.metadata import version; print(version('{CUTLASS[0]}'))"],
@@ -126,17 +134,31 @@ class Environment:
             say(f"installing the headers of CUTLASS {CUTLASS[1]}")
             self.pip("--no-deps", "==".join(CUTLASS))
 
-    def build(self) -> None:
+    def build(self, wherever_nvcc_is: bool) -> None:
         """Builds in place and installs the source folder itself, so that edits of Python files need no further step."""
+        left_out = leaves_cuda_out(os.environ, wherever_nvcc_is)
+        cuda = wants_cuda(os.environ) and not left_out
+        if self.is_built(cuda) or (left_out and self.is_built(cuda=True)):  # a build with CUDA serves those who do not ask for it
+            return
+        if left_out:
+            say("CUDA is not compiled: nvcc is here, but no NVIDIA driver (MOE_EXT_CUDA=1 compiles it)")
+        if cuda:
+            self.install_cutlass()
+        environ = {**os.environ, "MOE_EXT_CUDA": "0"} if left_out else os.environ
+        self.run("setup.py", "--quiet", "build_ext", "--inplace", environ=environ)  # by itself: pip would hide the plan and the progress
+        self.pip("--no-build-isolation", "--no-deps", "-e", str(ROOT), environ=environ)
+        self.mark_done("build", self.build_digest(cuda))
+
+    def is_built(self, cuda: bool) -> bool:
+        libraries = ["libmoe_cpu.so", *(["libmoe_cuda.so"] if cuda else [])]
+        return self.is_done("build", self.build_digest(cuda)) and all((ROOT / "moe_ext" / name).exists() for name in libraries)
+
+    def build_digest(self, cuda: bool) -> str:
+        """Of what the libraries are made from and how."""
         native = sorted(p for folder in ("csrc", "build_tools") for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES)
         settings = " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k in SETTINGS)
-        digest = digest_of([ROOT / "setup.py", ROOT / "pyproject.toml", *native]) + settings + torch_of(self.python)
-        if self.is_done("build", digest) and (ROOT / "moe_ext" / "libmoe_cpu.so").exists():
-            return
-        self.install_cutlass()
-        self.run("setup.py", "--quiet", "build_ext", "--inplace")  # by itself first, because pip would hide the plan and the progress
-        self.pip("--no-build-isolation", "--no-deps", "-e", str(ROOT))
-        self.mark_done("build", digest)
+        files = digest_of([ROOT / "setup.py", ROOT / "pyproject.toml", *native])
+        return f"{files} cuda={cuda} {settings} {torch_of(self.python)}"
 
 
 def digest_of(files: list[Path]) -> str:
@@ -153,6 +175,7 @@ def main() -> int:
     parser.add_argument("-r", dest="requirements", type=Path, action="append", default=[], help="requirements file")
     parser.add_argument("--torch", action="store_true", help="with torch")
     parser.add_argument("--build", action="store_true", help="build the libraries and install the source folder (editable)")
+    parser.add_argument("--cuda", action="store_true", help="build for CUDA wherever nvcc is, also without an NVIDIA driver")
     parser.add_argument("--source-path", action="store_true", help="put the source folder on the path; the libraries are built already")
     chosen = parser.parse_args()
     try:
@@ -166,8 +189,8 @@ def main() -> int:
         if chosen.source_path:
             environment.add_path("moe_ext_source", str(ROOT))
         if chosen.build:
-            environment.build()
-    except Stop as stop:
+            environment.build(chosen.cuda)
+    except (Stop, BuildError) as stop:
         print(f"\nmoe_ext: {stop}", file=sys.stderr)
         return 1
     return 0

@@ -28,7 +28,7 @@ rule cxx
   description = CXX $out
 
 rule nvcc
-  command = {python} build_tools/run_nvcc.py $in $out -- {nvcc} $flags -MD -MF $out.d -c $in -o $out
+  command = {python} -m build_tools.run_nvcc $in $out -- {nvcc} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   pool = nvcc

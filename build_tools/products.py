@@ -46,14 +46,13 @@ class Product:
 
 
 def gencode_flags(archs: list[Arch], stem: str) -> list[str]:
-    """Targets of one .cu file. *_sm90 uses wgmma, which only 9.0a has; *_sm100 is untested, so 10.0a must be named for it; *_sm80 is for
-    every other device. Empty: left out."""
+    """Targets of one .cu file. *_sm90 uses wgmma, which only 9.0a has; *_sm100 is untested, so 10.0a must be named for it.
+    Empty: left out."""
     if stem.endswith("_sm90"):
         return Arch(9, 0, "a").gencode() if any(a.major == 9 for a in archs) else []
     if stem.endswith("_sm100"):
         return Arch(10, 0, "a").gencode() if any(a.number == "100a" for a in archs) else []
-    chosen = [a for a in archs if a.major != 9] if stem.endswith("_sm80") else archs
-    return [flag for a in chosen for flag in a.gencode()]
+    return [flag for a in archs for flag in a.gencode()]
 
 
 class Products:
@@ -108,8 +107,8 @@ class Products:
         cuda = self.plan.cuda
         assert cuda is not None
         kernels = [(s, flags) for s in self.sources("kernels/cuda/*.cu") if (flags := gencode_flags(self.plan.archs, s.stem))]
-        # The kernel table names only kernels that are in the library: these tell it which families are.
-        families = [f"-DMOE_CUDA_{f.upper()}=1" for f in ("sm80", "sm90") if any(s.stem.endswith(f"_{f}") for s, _ in kernels)]
+        # The kernel table names only kernels that are in the library: this tells it whether those of 9.0 are.
+        families = ["-DMOE_CUDA_SM90=1"] if any(s.stem.endswith("_sm90") for s, _ in kernels) else []
         units = [self.cuda_kernel(s, [*families, *flags]) for s, flags in kernels]
         archs = ", ".join(map(str, self.plan.archs))
         host_flags = ("-DMOE_CUDA=1", f'-DMOE_CUDA_ARCHS="{archs}"', *families, "-isystem", str(cuda.include), *self.torch_flags)

@@ -1,4 +1,4 @@
-"""Runs one nvcc command for ninja: `run_nvcc.py SOURCE OBJECT -- nvcc ...`.
+"""Runs one nvcc command for ninja: `python -m build_tools.run_nvcc SOURCE OBJECT -- nvcc ...`, in the repository's root.
 
 Keeps ptxas' report beside the object, shows what is not part of that report, and fails, without leaving an object, when the
 report has something check_ptxas complains about. A failed check therefore fails the next build as well.
@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from build_tools.checks import check_ptxas  # noqa: E402
+from .checks import check_ptxas
 
 REPORT = re.compile(
     r"^ptxas info\s*: (Compiling|Compile time|Function properties|Used|\d+ bytes gmem|Overriding)|^\s+\d+ bytes stack frame"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from on_gpu import KIND, Device, device_named
+
+from tests.gpu.on_gpu import KIND, Device, device_named
 
 
 @pytest.fixture

@@ -7,24 +7,20 @@ plain PyTorch are computed on the device, expert by expert, so that a float64 co
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from error_rule import ENOUGH_NUMBERS
 from torch import Tensor
 
+from benchmarks.gpu.device import Device, device_named, tensors  # noqa: F401
+from moe_ext import ops, reference
+from moe_ext.experts import ExpertSpec, ExpertWeights
+from moe_ext.testing import assert_accurate
+from tests.helpers.error_rule import ENOUGH_NUMBERS
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # neither these nor build_tools are part of the package
-
-from gpu_device import Device, device_named, tensors  # noqa: E402, F401
-
-from moe_ext import ops, reference  # noqa: E402
-from moe_ext.experts import ExpertSpec, ExpertWeights  # noqa: E402
-from moe_ext.testing import assert_accurate  # noqa: E402
-
 KIND = os.environ.get("MOE_GPU_DEVICE", "cuda")
 TRIAL = KIND == "cpu"
 needs_gpu = pytest.mark.skipif(

@@ -5,15 +5,11 @@ CPU, so that few kernels other than ours run. Ends with a line that says that al
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
-
-from op_table import CASES, Maker, layer, results_and_gradients  # noqa: E402
-
-from moe_ext import ops  # noqa: E402
+from moe_ext import ops
+from tests.helpers.op_table import CASES, Maker, layer, results_and_gradients
 
 CHOSEN = {"default", "tiny_bias", "gpt_oss", "ungated_relu2", "all", "frozen", "weighted", "random_int64", "silu"}
 

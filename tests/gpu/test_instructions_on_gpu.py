@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpusim.record import FILE, HERE, source_digest, unpack
-from on_gpu import ROOT, TRIAL, needs_gpu
 from torch import Tensor
 
 from build_tools import toolchain
-from build_tools.gpusim import PTX_FLAGS
+from tests.gpu.on_gpu import ROOT, TRIAL, needs_gpu
+from tests.gpusim.record import FILE, HERE, source_digest, unpack
+from tools.gpusim_build import PTX_FLAGS
 
 NVCC = toolchain.find_nvcc(os.environ)
 pytestmark = [needs_gpu, pytest.mark.skipif(NVCC is None, reason="nvcc is needed to compile the kernels, and was not found")]
@@ -58,7 +58,7 @@ class Simulated:
     """For a trial without a GPU."""
 
     def __init__(self, source: str, architecture: str, output: Path) -> None:
-        from gpusim.harness import Instructions
+        from tests.gpusim.harness import Instructions
 
         self.instructions = Instructions(output, architecture, source)
 
@@ -85,7 +85,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_recording_is_of_todays_kernels() -> None:
-    assert RECORDED["source"] == source_digest(), "a file of kernels has changed: run python tests/gpusim/record.py"
+    assert RECORDED["source"] == source_digest(), "a file of kernels has changed: run python -m tests.gpusim.record"
 
 
 def test_the_simulator_was_right(kernels: tuple[list[dict[str, Any]], OnGpu | Simulated]) -> None:

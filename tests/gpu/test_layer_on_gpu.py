@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from error_rule import check_error_rule
-from on_gpu import KIND, QWEN3, ROUTINGS, TRIAL, UNEVEN, Layer, Size, check, needs_gpu, tokens
-from op_table import Build, Case, Inputs, Maker, listed
-from op_table import layer as layer_case
+
+from tests.gpu.on_gpu import KIND, QWEN3, ROUTINGS, TRIAL, UNEVEN, Layer, Size, check, needs_gpu, tokens
+from tests.helpers.error_rule import check_error_rule
+from tests.helpers.op_table import Build, Case, Inputs, Maker, listed
+from tests.helpers.op_table import layer as layer_case
 
 pytestmark = needs_gpu
 

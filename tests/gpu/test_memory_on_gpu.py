@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from on_gpu import KIND, QWEN3, TRIAL, UNEVEN, Device, Layer, Size, equal, needs_gpu, normal, tokens
 from torch import Tensor
 
 from moe_ext import ops
 from moe_ext.testing import assert_accurate
+from tests.gpu.on_gpu import KIND, QWEN3, TRIAL, UNEVEN, Device, Layer, Size, equal, needs_gpu, normal, tokens
 
 pytestmark = needs_gpu
 

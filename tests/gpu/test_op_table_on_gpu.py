@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from error_rule import check_error_rule, to_device
-from on_gpu import KIND, Device, equal, needs_gpu, tensors
-from op_table import CASES, Case
+
+from tests.gpu.on_gpu import KIND, Device, equal, needs_gpu, tensors
+from tests.helpers.error_rule import check_error_rule, to_device
+from tests.helpers.op_table import CASES, Case
 
 pytestmark = needs_gpu
 

@@ -6,14 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from on_gpu import KIND, ROOT, needs_gpu
+
+from tests.gpu.on_gpu import KIND, ROOT, needs_gpu
 
 pytestmark = needs_gpu
 
-PROGRAM = str(Path(__file__).parent / "sanitized.py")
+PROGRAM = [sys.executable, "-m", "tests.gpu.sanitized", KIND]
 SECONDS = 180
 FOUND = 97  # what it is asked to end with when it finds something
 
@@ -25,7 +25,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_program_itself_runs() -> None:
-    done = run([sys.executable, PROGRAM, KIND])
+    done = run(PROGRAM)
     assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr[-2000:]
 
 
@@ -35,7 +35,7 @@ def test_nothing_is_found(tool: str) -> None:
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     if tool == "memcheck":  # what torch asks the CUDA runtime in vain, such as for peers of a single GPU, is no access to memory
         options += ["--report-api-errors", "no"]
-    done = run(["compute-sanitizer", *options, sys.executable, PROGRAM, KIND])
+    done = run(["compute-sanitizer", *options, *PROGRAM])
     said = (done.stdout + done.stderr)[-6000:]
     assert done.returncode == 0, f"{'found something' if done.returncode == FOUND else 'did not run'}:\n{said}"
     assert "all of it ran" in done.stdout, said

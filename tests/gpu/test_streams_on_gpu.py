@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from on_gpu import QWEN3, ROUTINGS, UNEVEN, Device, Layer, Size, equal, needs_cuda, needs_gpu, rows, tokens
 from torch import Tensor
 
 from moe_ext import ops
+from tests.gpu.on_gpu import QWEN3, ROUTINGS, UNEVEN, Device, Layer, Size, equal, needs_cuda, needs_gpu, rows, tokens
 
 pytestmark = needs_gpu
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from op_table import GPT_OSS, OPS, Build, Case, Inputs, Maker, Op, backward_of, layer, listed, mm_case
 
 from moe_ext._needs import Needs
+from tests.helpers.op_table import GPT_OSS, OPS, Build, Case, Inputs, Maker, Op, backward_of, layer, listed, mm_case
 
 FROZEN = Needs.HIDDEN_STATES | Needs.TOP_K_WEIGHTS
 SMALL = {"T": 12, "K": 2, "E": 6, "H": 40, "I": 24}

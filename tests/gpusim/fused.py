@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpusim.harness import folder
 from moe_ext.experts import ExpertSpec
+from tests.gpusim.harness import folder
 
 DTYPES = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 1, torch.float64: 0}
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai")

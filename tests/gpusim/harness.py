@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # build_tools is not part of the package
+from build_tools import toolchain
+from tools import gpusim_build
 
-from build_tools import gpusim, toolchain  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 needs_nvcc = pytest.mark.skipif(
     toolchain.find_nvcc(os.environ) is None or torch.version.cuda is not None,
@@ -32,7 +31,7 @@ needs_nvcc = pytest.mark.skipif(
 @functools.cache
 def folder() -> Path:
     """Where libgpusim.so and libmoe_cuda_sim.so are."""
-    return gpusim.build().simulator.parent
+    return gpusim_build.build().simulator.parent
 
 
 class Loaded:
@@ -40,7 +39,7 @@ class Loaded:
 
     def __init__(self, library: Path, architecture: int) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.simulator = ctypes.CDLL(str(gpusim.build(kernels=False).simulator))
+        self.simulator = ctypes.CDLL(str(gpusim_build.build(kernels=False).simulator))
         self.simulator.gpusim_take_error.restype = ctypes.c_char_p
         self.architecture = architecture
 
@@ -62,7 +61,7 @@ class Instructions(Loaded):
     """The kernels of instructions.cu, or of another file like it, for one target."""
 
     def __init__(self, output: Path, architecture: str, source: str = "instructions.cu") -> None:
-        super().__init__(gpusim.compile_test(Path(__file__).parent / source, output, architecture), int(architecture[:2]))
+        super().__init__(gpusim_build.compile_test(Path(__file__).parent / source, output, architecture), int(architecture[:2]))
         self.source = source
 
     def run(self, name: str, given: Tensor, result: Tensor, n: int = 0, change: str = "") -> str:

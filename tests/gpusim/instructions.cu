@@ -1,4 +1,4 @@
-// One small kernel per family of instructions, and one per mistake the simulator must report. tests/test_gpusim.py computes what each
+// One small kernel per family of instructions, and one per mistake the simulator must report. test_gpusim.py computes what each
 // should give by other means. run(name, in, out, n) launches one; the answer is the CUDA error. What needs sm_90a: instructions_sm90.cu.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,7 +1,7 @@
 """Breaks kernels on purpose: one statement of PTX is dropped or changed as it is loaded, and a run of the op must notice.
 
-`python tests/gpusim/mutations.py` prints the table of MUTATIONS with what caught each; `--sweep` drops every synchronising
-statement of the kernels in turn, to find those that no run depends on.
+`python -m tests.gpusim.mutations` writes the table of MUTATIONS with what caught each; `--sweep` drops every synchronising
+statement of the kernels in turn, to find those that no run depends on. The tables are build products: build/gpusim/{mutations,sweep}.md.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from error_rule import check_error_rule  # noqa: E402
-from op_table import ALL_STACKED, CASES, Build, Case, Maker, backward_of, layer, mm_case, rows_case  # noqa: E402
-
-from gpusim.few_rows import FEW_ROWS_CASES  # noqa: E402
-from gpusim.harness import folder  # noqa: E402
-from moe_ext.testing import SimulatedGpu, SimulationError, simulated_gpu  # noqa: E402
+from moe_ext.testing import SimulatedGpu, SimulationError, simulated_gpu
+from tests.gpusim.few_rows import FEW_ROWS_CASES
+from tests.gpusim.harness import folder
+from tests.helpers.error_rule import check_error_rule
+from tests.helpers.op_table import ALL_STACKED, CASES, Build, Case, Maker, backward_of, layer, mm_case, rows_case
 
 MODES: list[dict[str, str]] = [{"ASYNC": "late"}, {"ASYNC": "early"}, {"ASYNC": "1", "SCHED": "1"}, {"ASYNC": "2", "SCHED": "2"}]
 
@@ -112,7 +108,7 @@ SYNCHRONISING = (
 
 
 def find_case(name: str) -> Case:
-    from test_gpusim_ops import HOPPER_CASES, WIDE_CASES
+    from tests.gpusim.test_gpusim_ops import HOPPER_CASES, WIDE_CASES
 
     return next(c for c in [*HOPPER_CASES, *WIDE_CASES, *FEW_ROWS_CASES, *CASES] if str(c) == name)
 
@@ -152,7 +148,7 @@ def kernels_of_9_0() -> bool:
 
 
 def table(mutations: list[Mutation]) -> str:
-    rows = ["# Kernels broken on purpose", "", "Written by `python tests/gpusim/mutations.py --markdown docs/gpusim-mutations.md`.", ""]
+    rows = ["# Kernels broken on purpose", "", "Written by `python -m tests.gpusim.mutations`.", ""]
     rows += ["| mutation | kernel | caught |", "|---|---|---|"]
     for m in mutations:
         how = re.sub(r"_ZN?\w{40,}", "...", caught_by(m)) or "**not caught**"
@@ -294,8 +290,8 @@ def why_not(name: str, text: str, k: int) -> str:
 HEAD = """# Synchronising statements that are dropped
 
 Each in turn, as the kernel's PTX is loaded (a wait with a predicate is taken as true), in one run per order of events on the simulated
-GPU. Written by `python tests/gpusim/mutations.py --sweep --markdown docs/gpusim-sweep.md`, or of some kernels with their names after
-`--sweep`; the reasons are in that file.
+GPU. Written by `python -m tests.gpusim.mutations --sweep`, or of some kernels with their names after `--sweep`; the reasons are
+REASONS in that file.
 
 """
 
@@ -331,15 +327,14 @@ if __name__ == "__main__":
         help="names of SWEEPS, or none for all; reasons: nothing is run, the table gets today's reasons",
     )
     parser.add_argument("--kernel", help="with one name: another part of the kernels' mangled names")
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    parser.add_argument("--markdown", type=Path, help="where to write the table, if not to build/gpusim")
     options = parser.parse_args()
+    output = options.markdown or folder() / ("mutations.md" if options.sweep is None else "sweep.md")
     if options.sweep is None:
         text = table(MUTATIONS)
     else:
         chosen = [one for one in SWEEPS if one.name in (options.sweep or [one.name])]
-        before = options.markdown.read_text() if options.markdown and options.markdown.exists() else ""
+        before = output.read_text() if output.exists() else ""
         text = sweep([replace(one, kernel=options.kernel or one.kernel) for one in chosen], before)
-    if options.markdown:
-        options.markdown.write_text(text)
-    else:
-        print(text)
+    output.write_text(text)
+    print(f"wrote {output}")

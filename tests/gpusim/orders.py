@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gpusim.harness import folder
-from gpusim.mutations import Mutation, mutated
 from moe_ext.testing import SimulationError, simulated_gpu
+from tests.gpusim.harness import folder
+from tests.gpusim.mutations import Mutation, mutated
 
 Run = Callable[[], Sequence[Tensor]]  # makes the inputs and runs the kernel
 

@@ -1,4 +1,4 @@
-"""Writes down what the simulator computes in tests/test_gpusim.py: `python tests/gpusim/record.py`, after a change to a file in SOURCES.
+"""Writes down what the simulator computes in test_gpusim.py: `python -m tests.gpusim.record`, after a change to a file in SOURCES.
 
 Every call of Instructions.run that succeeds in a test that passes is kept, with its tensors before and after, in
 recorded/instructions.json, but for those of kernels broken on purpose. tests/gpu/test_instructions_on_gpu.py repeats them on a GPU.
@@ -80,12 +80,11 @@ class Recorder:
 def main() -> int:
     import pytest
 
-    sys.path[:0] = [str(HERE.parent)]
-    from gpusim.harness import Instructions
+    from tests.gpusim.harness import Instructions
 
     recorder = Recorder()
     recorder.watch(Instructions)
-    status = pytest.main(["-q", "-x", str(HERE.parent / "test_gpusim.py")], plugins=[recorder])
+    status = pytest.main(["-q", "-x", str(HERE / "test_gpusim.py")], plugins=[recorder])
     if status == 0:
         calls = list(recorder.calls.values())
         FILE.parent.mkdir(exist_ok=True)

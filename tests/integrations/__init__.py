@@ -1,0 +1,1 @@
+"""Models: found, proven, enabled, given back; with PEFT, bitsandbytes, accelerate and sharding."""

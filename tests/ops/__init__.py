@@ -1,0 +1,1 @@
+"""The ops and what torch does with them."""

@@ -1,0 +1,1 @@
+"""The project itself: build, layers, commands, benchmarks."""
