@@ -169,6 +169,17 @@ class DenseAlone(Stack):
         return torch.einsum("tei,ehi,te->th", F.silu(gate) * up, self.down_proj, scores)
 
 
+class Masked(Stack):
+    """Given a mask of the chosen experts `[T,E]` and the weights of all `[T,E]`."""
+
+    def forward(self, x: Tensor, mask: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            (rows,) = torch.where(mask[:, e])
+            out.index_add_(0, rows, self.mlp(e, x[rows]) * scores[rows, e, None])
+        return out
+
+
 class Single(Stack):
     """Top-1: vectors."""
 
@@ -223,6 +234,8 @@ class Whole(nn.Module):
         dense = torch.zeros(len(x), self.experts.num_experts, dtype=x.dtype).scatter(1, index, weights)
         if self.call == "x index dense":
             return self.experts(x, index, dense)
+        if self.call == "x mask dense":
+            return self.experts(x, dense > 0, dense)
         if self.call == "x dense":
             return self.experts(x, dense)
         if self.call == "pre-weighted":
@@ -304,6 +317,7 @@ CASES = [
     _case("ThreeTransposed", ThreeTransposed, "x weights index"),
     _case("Flat", Flat, "x index weights"),
     _case("Dense", Dense, "x index dense"),
+    _case("Masked", Masked, "x mask dense"),
     _case("Single", Single, "vectors", top_k=1),
     _case("PreWeighted", PreWeighted, "pre-weighted"),
     _case("Counted", Counted, "counts"),
