@@ -20,7 +20,7 @@ try:
     from . import testing as testing
     from ._auto import auto
     from ._enable import disable, enable, explain, patched, register
-    from .experts import ExpertSpec, ExpertWeights
+    from .experts import ExpertSpec, ExpertWeights, ListedWeights, StackedWeights
     from .functional import grouped_experts
     from .modules import GroupedExperts
     from .report import EnableError, EnableReport, NoExpertsFound
@@ -46,7 +46,9 @@ __all__ = [
     "ExpertSpec",
     "ExpertWeights",
     "GroupedExperts",
+    "ListedWeights",
     "NoExpertsFound",
+    "StackedWeights",
     "auto",
     "disable",
     "enable",

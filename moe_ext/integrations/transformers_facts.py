@@ -7,9 +7,7 @@ need not be known; only `register` imports it, because the user asked for it by 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -24,10 +22,6 @@ LATER_FLAGS = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm"
 # Experts implementations that rewrite the weights into a layout of their own at load time, so that nothing else can read them.
 # Delete when transformers allows to switch away from them.
 LOCKED_IMPLEMENTATIONS = ("deepgemm_megamoe",)
-
-
-def transformers_if_loaded() -> ModuleType | None:
-    return sys.modules.get("transformers")
 
 
 def experts_registry() -> Any:

@@ -82,7 +82,7 @@ def test_T66_T67_the_layout_for_some_cpus_stands_against_nothing(packed: bool) -
         m.support_avx512bf16_for_cpu = True
         if packed:
             pack_for_cpu(m)
-    with ours.undisturbed(model.train()):
+    with ours.weights_kept(model.train()):
         plain, truth = logits_and_gradients(model, tokens()), logits_and_gradients(exact_copy(model), tokens())
         assert moe_ext.enable(model, strict=True).enabled_count == 2
     states = [m.weight.quant_state.__dict__.get("packing_format_for_cpu", False) for m in experts]
