@@ -1,9 +1,9 @@
-"""`auto`: a loader of models, from which they come enabled.
+"""`auto`: wraps a loader so that the models it returns are already enabled.
 
     load = moe_ext.auto(AutoModelForCausalLM.from_pretrained)
     model = load("Qwen/Qwen3-30B-A3B", dtype="bfloat16")
 
-Nothing is kept, neither on the model nor here: what was done goes to the logger "moe_ext" and to `on_report`.
+Nothing is kept, neither on the model nor here. The reports go to the logger "moe_ext" and to `on_report`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ _WRAPPED = "_moe_ext_loader"
 def auto(
     loader: _Loader, *, strict: bool = False, prove: bool = True, on_report: Callable[[EnableReport], object] | None = None
 ) -> _Loader:
-    """`loader` with `moe_ext.enable` on every model it returns: `from_pretrained`, `get_peft_model`, or a function of your own.
+    """Wraps a loader so that the models it returns are already enabled.
 
-    Called as `loader` is, returns what it returns; a tuple or a dict may hold the models. strict, prove: those of `enable`.
-    on_report: called with the report of each model, for example `print` or the `append` of a list.
+    A model without experts is returned as it is, with a warning in the logger "moe_ext". A loader that `auto` has made is not wrapped
+    again: the new options replace the old ones.
 
-    A model without experts is returned as it is, with a warning that says what was looked at; with strict=True it raises
-    NoExpertsFound. A loader that was made by `auto` already is not wrapped again: the new options take the place of the old.
-    Raises TypeError, when called, for a loader that returns no model.
+    Args:
+        loader: `from_pretrained`, `get_peft_model`, or a function of yours. It returns a model, or a tuple, list or dict with models.
+        strict: As in `enable`. A model without experts then raises NoExpertsFound.
+        prove: As in `enable`.
+        on_report: Is called with the report of each model, for example `print`.
+
+    Returns:
+        A function that is called as the loader is and returns what the loader returns. It raises TypeError if that holds no model.
     """
     original: Any = getattr(loader, _WRAPPED, loader)
 

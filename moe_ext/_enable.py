@@ -24,10 +24,13 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def register() -> None:
-    """Makes `from_pretrained(..., experts_implementation="moe_ext")` and `set_experts_implementation("moe_ext")` work.
+    """Adds moe_ext to the experts implementations of transformers.
 
-    Needs transformers >= 5, else raises ImportError. `enable` registers by itself, and proves what it enables; experts that are only
-    given the name are detected at their first forward and not proven.
+    `from_pretrained(..., experts_implementation="moe_ext")` and `set_experts_implementation("moe_ext")` work afterwards. Experts that are
+    only given the name are detected at their first forward and are not proven. `enable` registers by itself.
+
+    Raises:
+        ImportError: If transformers is older than 5.
     """
     decorated.register()
 
@@ -39,18 +42,29 @@ def enable(
     quantized: Literal["recompute", "cache"] = "recompute",
     recompute: bool = False,
 ) -> EnableReport:
-    """Makes `moe_ext` compute the experts of `model`, in place; returns what was done, block by block.
+    """Makes moe_ext compute the experts of a model, in place.
 
-    prove: first run old and new on a few random tokens, forward and backward; a block that does not agree by the error rule
-    (`moe_ext.testing`) is skipped with the figures in its reason. prove=False spares that for experts behind transformers' decorator,
-    whose flags say their layout; of all others nothing is known without it.
-    quantized: what is done with 4-bit experts: "recompute" dequantizes, at each forward and backward, those that have tokens, into a
-    bounded workspace; "cache" keeps dense copies of all that have had tokens, as long as the packed bytes stay what they were.
-    recompute: train with less memory, as `ExpertSpec.recompute` says; for the blocks that the report calls fused.
-    strict: raise EnableError, which holds the report, when any set of experts would be skipped; the model is then as it was.
+    The experts are found, proven and only then switched, so an exception leaves the model as it was. Calling it again finds and proves
+    again. With MOE_EXT_DISABLE=1 in the environment nothing is switched, and the report says so.
 
-    Raises NoExpertsFound, with what was looked at, when no module is a set of experts that moe_ext can compute. With MOE_EXT_DISABLE=1
-    in the environment nothing is done, and the report says so. Calling it again examines and proves again.
+    Args:
+        model: Any module. Its router, parameters and checkpoint format are left unchanged.
+        strict: Whether to raise an error if any set of experts would be skipped.
+        prove: Whether to compare old and new on random tokens first, forward and backward. Experts that do not obey the error rule
+            (`moe_ext.testing`) are skipped, with the figures as the reason. False spares the proof for decorated experts, whose flags
+            state their layout. All others are proven in any case.
+        quantized: What to do with 4-bit experts. "recompute" dequantizes those that have tokens at each forward and backward, into a
+            bounded workspace. "cache" keeps dense copies of all that have had tokens, until their 4-bit bytes change.
+        recompute: Whether training keeps less memory and computes the up projection twice, as in `ExpertSpec`. It applies to blocks whose
+            path is "fused".
+
+    Returns:
+        A report with one row for each set of experts: enabled, or the reason why not.
+
+    Raises:
+        NoExpertsFound: If no module is a set of experts that moe_ext can compute. The message lists what was looked at.
+        EnableError: If strict is set and any set of experts would be skipped. It holds the report.
+        ValueError: If quantized is neither of the two.
     """
     if quantized not in ("recompute", "cache"):
         raise ValueError(f"quantized={quantized!r} is neither 'recompute' nor 'cache'")
@@ -83,17 +97,30 @@ def _enable(model: nn.Module, strict: bool, options: Options) -> EnableReport:
 
 
 def disable(model: nn.Module) -> int:
-    """Takes back what `enable` did to `model`, and nothing else; returns the number of sets of experts that were enabled.
+    """Takes back what `enable` did to a model, and nothing else.
 
-    An implementation chosen, or a forward wrapped around ours, since then stays.
+    An experts implementation that was chosen since then stays, and so does a forward that was wrapped around ours.
+
+    Args:
+        model: The model, or a part of it.
+
+    Returns:
+        The number of sets of experts that were enabled.
     """
     return sum(decorated.revert(m) + patch.revert(m) for m in list(model.modules()))
 
 
 def explain(model: nn.Module) -> EnableReport:
-    """What `enable` would do, from the structure alone: nothing is run on the model, proven or changed; weights may be on "meta".
+    """Reports what `enable` would do, from the structure alone: nothing is run, proven or changed.
 
-    Raises NoExpertsFound like `enable`.
+    Args:
+        model: Any module. Its weights may be on the meta device.
+
+    Returns:
+        A report with one row for each set of experts.
+
+    Raises:
+        NoExpertsFound: If no module is a set of experts that moe_ext can compute.
     """
     blocks = find_blocks(model)
     _require_experts(model, blocks)
@@ -102,7 +129,15 @@ def explain(model: nn.Module) -> EnableReport:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
-    """`enable(model, **options)` for the length of a `with` statement; what was enabled before stays enabled."""
+    """Enables a model for the length of a `with` statement. What was enabled before stays enabled.
+
+    Args:
+        model: Any module.
+        **options: Those of `enable`.
+
+    Yields:
+        The report of `enable`.
+    """
     before = {m for m in model.modules() if decorated.is_enabled(m) or patch.is_enabled(m)}
     report = enable(model, **options)
     try:

@@ -20,18 +20,22 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai")
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """How one set of experts computes; says nothing about sizes (those are read from the tensors).
+    """How a set of experts computes. Sizes are not part of it: they are read from the tensors.
 
-    activation: one of `ACTIVATIONS`.
-    gated: `activation(gate) * up` with a gate projection, else `activation(up)`.
-    transposed: stacked weights are `[E, in, out]` instead of `[E, out, in]`.
-    interleaved: gate and up alternate (g0, u0, g1, u1, ...) along the 2I dimension instead of `[gate | up]`.
-    alpha: the factor inside the sigmoid of "swigluoai".
-    limit: clamps `gate <= limit` and `-limit <= up <= limit` before the activation.
-    gate_fn: replaces activation and gating: maps the pre-activation `[S, 2I]` (or `[S, I]`) to `[S, I]`. Composed path only.
-    post_norm: applied to each expert's output row `[S, H]` before the routing weight. Composed path only.
-    recompute: training keeps hidden_states and the routing only and forms the pre-activation again in its backward: 2H bytes per token
-    in bfloat16 instead of 2H + 4KI, for one more up projection. Fused op only; the composed path keeps what autograd keeps.
+    Attributes:
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "swigluoai".
+        gated: Whether the experts compute `act(gate) * up`, or only `act(up)`.
+        transposed: Whether stacked weights are `[E, in, out]` instead of `[E, out, in]`.
+        interleaved: Whether gate and up alternate along 2I (g0, u0, g1, u1, ...). Otherwise the first half is gate.
+        alpha: The factor of "swigluoai"; required there, not allowed elsewhere.
+        limit: Clamps `gate <= limit` and `-limit <= up <= limit` before the activation.
+        gate_fn: Replaces activation and gating: maps `[S, 2I]` (or `[S, I]`) to `[S, I]`. Composed path only.
+        post_norm: Is applied to each expert's output row `[S, H]` before the routing weight. Composed path only.
+        recompute: Whether training keeps only the hidden states and the routing, and computes the up projection again in its backward:
+            2H bytes per token in bfloat16 instead of 2H + 4KI, without the routing. Fused op only.
+
+    Raises:
+        ValueError: If an option has no meaning for the activation.
     """
 
     activation: str = "silu"
@@ -49,7 +53,7 @@ class ExpertSpec:
 
     @property
     def fusable(self) -> bool:
-        """Whether the fused op computes this, or only the composed path."""
+        """Whether the fused op computes this. Otherwise only the composed path does."""
         return self.gate_fn is None and self.post_norm is None
 
 
@@ -71,30 +75,47 @@ def check_activation(activation: str, gated: bool, interleaved: bool, alpha: flo
 
 
 class Projection(ABC):
-    """Stands for the E matrices `[out, in]` of one projection where they are not plain tensors: quantized, or with adapters on them.
+    """Stands for the E matrices `[out, in]` of one projection that are not plain tensors: quantized, or with adapters on them.
 
-    Lives for one call: whoever reads the weights makes it, with the tensors as they are at that moment. Composed path only.
+    It lives for one call: whoever reads the weights makes it, from the tensors as they are at that moment. Composed path only.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """E."""
+        """Returns E."""
 
     @abstractmethod
     def grouped_mm(self, rows: torch.Tensor, expert_offsets: torch.Tensor) -> torch.Tensor:
-        """`rows [S, in]`, sorted by expert, to `[S, out]` in the dtype of rows; differentiable as `moe_ext.ops.grouped_mm` is."""
+        """Multiplies the rows of each expert with its matrix, differentiably, as `moe_ext.ops.grouped_mm` does.
+
+        Args:
+            rows: `[S, in]`, sorted by expert.
+            expert_offsets: `[E+1]`, from `sort_by_expert`.
+
+        Returns:
+            `[S, out]`, in the dtype of rows.
+        """
 
     @abstractmethod
     def __getitem__(self, e: int) -> torch.Tensor:
-        """The matrix `[out, in]` of expert e that `grouped_mm` multiplies with, differentiable too: what the formula reads."""
+        """Returns the matrix `[out, in]` of expert e that `grouped_mm` multiplies with, differentiably."""
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors it consists of."""
+        """Returns the tensors it consists of."""
 
 
 class Expert(NamedTuple):
-    """The matrices of one expert in one canonical form: gate `[I,H]` (None when ungated), up `[I,H]`, down `[H,I]`, and their biases."""
+    """The matrices and biases of one expert, in one form whatever the layout.
+
+    Attributes:
+        gate: `[I, H]`. None if not gated.
+        up: `[I, H]`.
+        down: `[H, I]`.
+        gate_bias: `[I]`, or None.
+        up_bias: `[I]`, or None.
+        down_bias: `[H]`, or None.
+    """
 
     gate: torch.Tensor | None
     up: torch.Tensor
@@ -104,6 +125,7 @@ class Expert(NamedTuple):
     down_bias: torch.Tensor | None
 
     def to(self, dtype: torch.dtype) -> Expert:
+        """Returns the expert in another dtype."""
         return Expert(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
 
 
@@ -111,9 +133,9 @@ _Weights = TypeVar("_Weights", bound="ExpertWeights")
 
 
 class ExpertWeights:
-    """The tensors of one set of experts, read at call time: `StackedWeights`, or `ListedWeights` with one tensor per expert.
+    """The tensors of a set of experts, read at call time: `StackedWeights`, or `ListedWeights` with one tensor per expert.
 
-    Calling it makes the one that has a field of that name: `ExpertWeights(gate_up_proj=..., down_proj=...)` is stacked,
+    Calling it makes the one that has the fields: `ExpertWeights(gate_up_proj=..., down_proj=...)` is stacked,
     `ExpertWeights(gate_proj=..., up_proj=..., down_proj=...)` is listed.
     """
 
@@ -132,7 +154,7 @@ class ExpertWeights:
 
     @property
     def fusable(self) -> bool:
-        """Whether the fused op can read them: all are plain tensors."""
+        """Whether the fused op can read them, because all are plain tensors."""
         return not any(isinstance(value, Projection) for value in vars(self).values())
 
     @property
@@ -141,7 +163,7 @@ class ExpertWeights:
         return len(self.down_proj)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor, in a fixed order."""
+        """Returns every tensor, in a fixed order."""
         found: list[torch.Tensor] = []
         for value in vars(self).values():
             if isinstance(value, torch.Tensor):
@@ -153,18 +175,34 @@ class ExpertWeights:
         return found
 
     def mapped(self: _Weights, function: Callable[[str, Any], Any]) -> _Weights:
-        """The same kind of weights with `function(name, value)` in place of every value that is there."""
+        """Returns weights of the same kind with other values.
+
+        Args:
+            function: Is called with the name and the value of each field that is not None.
+        """
         return type(self)(**{name: None if value is None else function(name, value) for name, value in vars(self).items()})
 
     def expert(self, e: int, spec: ExpertSpec) -> Expert:
-        """Views of expert `e`."""
+        """Returns views of one expert.
+
+        Args:
+            e: The expert.
+            spec: How the weights are laid out.
+        """
         raise TypeError(f"{type(self).__name__} is neither StackedWeights nor ListedWeights")
 
 
 @dataclass
 class StackedWeights(ExpertWeights):
-    """`gate_up_proj` `[E, 2I, H]` (ungated: `[E, I, H]`) and `down_proj` `[E, H, I]`, or both transposed; biases `gate_up_bias`
-    `[E, 2I]`, `down_bias` `[E, H]`. In place of a stack there may be a `Projection`, whose matrices are `[out, in]`.
+    """One tensor for each projection of all experts.
+
+    A `Projection` may take the place of a stack; its matrices are `[out, in]`.
+
+    Attributes:
+        gate_up_proj: `[E, 2I, H]`, `[E, I, H]` if not gated, `[E, H, 2I]` if transposed.
+        down_proj: `[E, H, I]`, `[E, I, H]` if transposed.
+        gate_up_bias: `[E, 2I]`, or None.
+        down_bias: `[E, H]`, or None.
     """
 
     gate_up_proj: torch.Tensor | Projection
@@ -187,8 +225,17 @@ class StackedWeights(ExpertWeights):
 
 @dataclass
 class ListedWeights(ExpertWeights):
-    """`up_proj`, `down_proj` and `gate_proj` (None when ungated) as sequences of E matrices `[out, in]`; biases `up_bias`, `down_bias`,
-    `gate_bias` as sequences of E vectors. Sequences are used as they are: no stack, no copy. A `Projection` may stand for a sequence.
+    """One tensor for each projection of each expert. Sequences are used as they are, without a stack or a copy.
+
+    A `Projection` may take the place of a sequence of matrices.
+
+    Attributes:
+        up_proj: E matrices `[I, H]`.
+        down_proj: E matrices `[H, I]`.
+        gate_proj: E matrices `[I, H]`. None if not gated.
+        up_bias: E vectors `[I]`, or None.
+        down_bias: E vectors `[H]`, or None.
+        gate_bias: E vectors `[I]`, or None.
     """
 
     up_proj: Sequence[torch.Tensor] | Projection
@@ -204,14 +251,18 @@ class ListedWeights(ExpertWeights):
         return Expert(None if gate is None else gate[e], self.up_proj[e], self.down_proj[e], gate_bias, up_bias, down_bias)
 
     def gate(self, spec: ExpertSpec) -> Sequence[torch.Tensor] | Projection | None:
-        """The gate projections, None where `spec` has none; raises ValueError where it has and the weights have not."""
+        """Returns the gate projections, or None if `spec` is not gated.
+
+        Raises:
+            ValueError: If `spec` is gated and there are none.
+        """
         if spec.gated and self.gate_proj is None:
             raise ValueError("gate_proj is None, but the spec is gated; give gate_proj, or ExpertSpec(gated=False)")
         return self.gate_proj if spec.gated else None
 
 
 def split_gate_up(x: torch.Tensor, interleaved: bool, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gate half and the up half of a 2I dimension, as views."""
+    """Returns the gate half and the up half of a 2I dimension, as views."""
     if interleaved:
         x = x.unflatten(dim, (-1, 2))
         dim = dim if dim < 0 else dim + 1

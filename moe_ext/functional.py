@@ -1,4 +1,4 @@
-"""`grouped_experts`: an expert layer from its data (`ExpertWeights`) and its description (`ExpertSpec`), fused or composed."""
+"""`grouped_experts`: an expert layer from its weights (`ExpertWeights`) and its description (`ExpertSpec`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ def grouped_experts(
     *,
     path: Literal["auto", "fused", "composed"] = "auto",
 ) -> Tensor:
-    """`out[t] = sum_k w[t,k] * down_e(act(gate_e x[t]) * up_e x[t])` with `e = top_k_index[t,k]`.
+    """Computes an expert layer: `out[t] = sum_k top_k_weights[t,k] * down_e(act(gate_e x[t]) * up_e x[t])`, `e = top_k_index[t,k]`.
 
-    hidden_states: `[..., H]`; top_k_index (int32 or int64) and top_k_weights (any float dtype): `[..., K]` with the same number of
-    tokens. Returns the shape and dtype of hidden_states.
+    On the CPU the fused and the composed path return the same bits. On CUDA they may run other kernels, and agree by the error rule.
 
-    path: "fused" is the one op `moe::grouped_forward`; "composed" is sort, permute, grouped_mm, activation, grouped_mm, unpermute,
-    where a `gate_fn` or a `post_norm` can act; "auto" takes the fused op whenever the spec allows. On the CPU both
-    give the same bits; on CUDA they may run other kernels, and agree by the error rule.
+    Args:
+        hidden_states: `[..., H]`.
+        top_k_index: `[..., K]`, int32 or int64. An id outside `[0, E)` drops its slot.
+        top_k_weights: `[..., K]`, any float dtype.
+        weights: The tensors of the experts.
+        spec: How the experts compute. The default is silu with a gate.
+        path: "fused" runs the op `moe::grouped_forward`. "composed" runs the steps as ops: sort, permute, grouped_mm, activation,
+            grouped_mm, unpermute; a `gate_fn`, a `post_norm` or a `Projection` needs it. "auto" takes the fused op if it can.
 
-    Raises ValueError for path="fused" with a spec that only the composed path computes, RuntimeError for tensors that do not fit.
+    Returns:
+        A tensor with the shape and the dtype of hidden_states.
+
+    Raises:
+        ValueError: If path is not one of the three, or if path="fused" cannot run spec or weights.
+        RuntimeError: If the tensors do not fit.
     """
     if path not in ("auto", "fused", "composed"):
         raise ValueError(f"path={path!r} is not one of 'auto', 'fused', 'composed'")

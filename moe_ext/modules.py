@@ -1,4 +1,4 @@
-"""`GroupedExperts`: the experts of a Mixture-of-Experts layer as one `nn.Module`, for people who write their own model."""
+"""`GroupedExperts`: the experts of a Mixture-of-Experts layer as one `nn.Module`, for a model of your own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,29 @@ from .functional import grouped_experts
 
 
 class GroupedExperts(nn.Module):
-    """E experts of the form `down(act(gate x) * up x)`, weighted by routing weights that the caller's router gives.
+    """E experts `down(act(gate x) * up x)`, weighted by the routing weights that your router computes.
 
-    Parameters carry transformers' names, so checkpoints of stacked experts load by name:
-    `gate_up_proj` `[E, 2I, H]` (with gated=False `up_proj` `[E, I, H]`), `down_proj` `[E, H, I]`, with transposed=True
-    `[E, H, 2I]` and `[E, I, H]`; with bias=True `gate_up_proj_bias` `[E, 2I]` (`up_proj_bias`) and `down_proj_bias` `[E, H]`.
-    interleaved=True means gate and up alternate along 2I. activation, alpha, limit, recompute: see `ExpertSpec`.
+    The parameters have the names of transformers 5, so checkpoints of stacked experts load by name: `gate_up_proj [E, 2I, H]`
+    (`up_proj [E, I, H]` if not gated) and `down_proj [E, H, I]`; if transposed `[E, H, 2I]` and `[E, I, H]`. With biases also
+    `gate_up_proj_bias [E, 2I]` (`up_proj_bias [E, I]`) and `down_proj_bias [E, H]`.
 
-    Weights are initialised per expert as `nn.Linear` does: uniform in +-1/sqrt(fan_in).
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "swigluoai".
+        gated: Whether the experts compute `act(gate) * up`, or only `act(up)`.
+        transposed: Whether the weights are `[E, in, out]`.
+        interleaved: Whether gate and up alternate along 2I.
+        bias: Whether both projections have biases.
+        alpha: The factor of "swigluoai"; required there, not allowed elsewhere.
+        limit: Clamps `gate <= limit` and `-limit <= up <= limit` before the activation.
+        recompute: Whether training keeps less memory and computes the up projection twice; see `ExpertSpec`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If a size is less than 1, or if an option has no meaning for the activation.
     """
 
     def __init__(
@@ -56,13 +71,14 @@ class GroupedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises each expert as `nn.Linear` does: uniform in +-1/sqrt(inputs)."""
         for name, fan_in in ((self.up_name, self.hidden_size), ("down_proj", self.intermediate_size)):
             for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def weights(self) -> StackedWeights:
-        """The parameters as `StackedWeights`, read now."""
+        """Returns the parameters as they are now."""
         return StackedWeights(
             gate_up_proj=getattr(self, self.up_name),
             down_proj=self.down_proj,
@@ -71,7 +87,19 @@ class GroupedExperts(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states `[..., H]`, top_k_index (int32 or int64) and top_k_weights `[..., K]` to `[..., H]`."""
+        """Computes the layer.
+
+        Args:
+            hidden_states: `[..., H]`.
+            top_k_index: `[..., K]`, int32 or int64. An id outside `[0, num_experts)` drops its slot.
+            top_k_weights: `[..., K]`, any float dtype.
+
+        Returns:
+            `[..., H]`, in the dtype of hidden_states.
+
+        Raises:
+            RuntimeError: If the tensors do not fit.
+        """
         return grouped_experts(hidden_states, top_k_index, top_k_weights, self.weights(), self.spec)
 
     def extra_repr(self) -> str:

@@ -1,9 +1,11 @@
-"""The compiled ops, `torch.ops.moe.*`, as typed functions; importing this loads the libraries.
+"""The compiled ops, `torch.ops.moe.*`, as typed functions. Importing this module loads the libraries.
 
-Words: T tokens, K = top_k, E experts, H hidden size, I intermediate size. A slot is one (token, k) pair, numbered `t*K + k`, and
-there are S = T*K of them; a row is a position in expert-sorted order. All float tensors of one call share a dtype (float64,
-float32, bfloat16 or float16) and a device; sums run in float32 (float64 for float64). Results have shapes that do not depend on
-the routing, and repeat bit for bit. Bad input raises RuntimeError with the values in it, before anything is computed.
+T tokens, K experts per token, E experts, H hidden size, I intermediate size. A slot is one (token, k) pair, numbered `t * K + k`;
+there are S = T * K slots. A row is a position in the order sorted by expert.
+
+All float tensors of one call share a dtype (float64, float32, bfloat16 or float16) and a device. Sums run in float32, or in float64
+for float64. The shapes of results do not depend on the routing, and two runs return the same bits. Every function raises
+RuntimeError for tensors that do not fit, before anything is computed; the message states the offending values.
 """
 
 from __future__ import annotations
@@ -56,17 +58,34 @@ def grouped_forward(
     limit: float | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """The expert layer over stacked weights: `out[t] = sum_k w[t,k] * down_e(act(gate_e x[t]) * up_e x[t])`, `e = top_k_index[t,k]`.
+    """Computes an expert layer over stacked weights.
 
-    hidden_states: `[T, H]`. top_k_index: `[T, K]` int32 or int64; an id outside `[0, E)` drops its slot (the expert-parallel
-    sentinel). top_k_weights: `[T, K]`, any float dtype, never rounded to a lower one.
-    gate_up_proj: `[E, 2I, H]`, rows `[gate | up]`, or alternating with `interleaved`; `[E, I, H]` when not `gated`.
-    down_proj: `[E, H, I]`. With `transposed`: `[E, H, 2I]` and `[E, I, H]`. Biases: `[E, 2I]` and `[E, H]`.
-    activation, alpha, limit: see `moe_ext.reference.activation`.
-    recompute: training keeps hidden_states and the routing only, 2H bytes per token in bfloat16 instead of 2H + 4KI, and its backward
-    forms the pre-activation again.
-    Returns `[T, H]` in the dtype of hidden_states. Gradients flow to hidden_states, top_k_weights, weights and biases, each only
-    when needed; a second derivative raises.
+    `out[t] = sum_k top_k_weights[t,k] * down_e(act(gate_e x[t]) * up_e x[t])` with `e = top_k_index[t,k]`.
+
+    Gradients flow to hidden_states, top_k_weights, weights and biases. Each is computed only if it is needed.
+
+    Args:
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, K]`, int32 or int64. An id outside `[0, E)` drops its slot (expert-parallel code relies on that).
+        top_k_weights: `[T, K]`, any float dtype. They are not rounded to a lower one.
+        gate_up_proj: `[E, 2I, H]`, `[E, I, H]` if not gated, `[E, H, 2I]` if transposed.
+        down_proj: `[E, H, I]`, `[E, I, H]` if transposed.
+        gate_up_bias: `[E, 2I]`, `[E, I]` if not gated.
+        down_bias: `[E, H]`.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "swigluoai"; formulas in `moe_ext.reference.activation`.
+        gated: Whether the layer computes `act(gate) * up`, or only `act(up)`.
+        transposed: Whether the stacks are `[E, in, out]`.
+        interleaved: Whether gate and up alternate along 2I. Otherwise the first half is gate and the second half is up.
+        alpha: The factor of "swigluoai"; required there, not allowed elsewhere.
+        limit: Clamps `gate <= limit` and `-limit <= up <= limit` before the activation.
+        recompute: Whether training keeps only hidden_states and the routing. The backward pass then computes the pre-activation
+            again. In bfloat16 that is 2H bytes per token instead of 2H + 4KI, without the routing.
+
+    Returns:
+        `[T, H]`, in the dtype of hidden_states.
+
+    Raises:
+        RuntimeError: If shapes, dtypes or devices do not fit, or if an option has no meaning for the activation.
     """
     return moe.grouped_forward(
         hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias,
@@ -92,9 +111,31 @@ def grouped_forward_list(
     limit: float | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """`grouped_forward` over E separate matrices each: gate_proj, up_proj `[I, H]`, down_proj `[H, I]`; biases `[I]`, `[I]`, `[H]`.
+    """Computes an expert layer over one matrix per expert: `grouped_forward` without stacking or copying.
 
-    Nothing is stacked or copied, and gradients reach each parameter. With `gated=False`, gate_proj is an empty list.
+    Each matrix gets a gradient of its own.
+
+    Args:
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, K]`, int32 or int64. An id outside `[0, E)` drops its slot.
+        top_k_weights: `[T, K]`, any float dtype.
+        gate_proj: E matrices `[I, H]`. An empty list if not gated.
+        up_proj: E matrices `[I, H]`.
+        down_proj: E matrices `[H, I]`.
+        gate_bias: E vectors `[I]`.
+        up_bias: E vectors `[I]`.
+        down_bias: E vectors `[H]`.
+        activation: As in `grouped_forward`.
+        gated: As in `grouped_forward`.
+        alpha: As in `grouped_forward`.
+        limit: As in `grouped_forward`.
+        recompute: As in `grouped_forward`.
+
+    Returns:
+        `[T, H]`, in the dtype of hidden_states.
+
+    Raises:
+        RuntimeError: If a list has another length than E, or for the reasons of `grouped_forward`.
     """
     return moe.grouped_forward.list(
         hidden_states, top_k_index, top_k_weights, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias,
@@ -103,22 +144,57 @@ def grouped_forward_list(
 
 
 def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable counting sort of the slots of `top_k_index` `[T, K]` by expert.
+    """Sorts the slots by expert, with a stable counting sort.
 
-    Returns int32 `expert_offsets [E+1]` (rows of expert e are `expert_offsets[e]` to `expert_offsets[e+1]`),
-    `row_to_slot [S]` and its inverse `slot_to_row [S]`; -1 marks unused rows and dropped slots. `expert_offsets[1:]` is what
-    `torch.nn.functional.grouped_mm` calls `offs`.
+    Args:
+        top_k_index: `[T, K]`, int32 or int64. An id outside `[0, num_experts)` drops its slot.
+        num_experts: E.
+
+    Returns:
+        Three int32 tensors. `expert_offsets [E+1]`: the rows of expert e are `expert_offsets[e]` to `expert_offsets[e+1]`;
+            `expert_offsets[1:]` is what `torch.nn.functional.grouped_mm` calls `offs`. `row_to_slot [S]`: the slot of each row, -1 for
+            unused rows. `slot_to_row [S]`: its inverse, -1 for dropped slots.
+
+    Raises:
+        RuntimeError: If top_k_index has another shape or dtype, or if num_experts is less than 1.
     """
     return moe.sort_by_expert(top_k_index, num_experts)
 
 
 def permute(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int) -> Tensor:
-    """`x [T, H]` to expert-sorted rows `[S, H]`; unused rows are zero. Its gradient is `unpermute`."""
+    """Gathers tokens into rows that are sorted by expert. Its gradient is `unpermute`.
+
+    Args:
+        x: `[T, H]`.
+        row_to_slot: `[S]`, from `sort_by_expert`.
+        slot_to_row: `[S]`, from `sort_by_expert`.
+        top_k: K.
+
+    Returns:
+        `[S, H]`. Unused rows are zero.
+
+    Raises:
+        RuntimeError: If x does not have S / top_k rows, or if the maps do not fit.
+    """
     return moe.permute(x, row_to_slot, slot_to_row, top_k)
 
 
 def unpermute(rows: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, top_k_weights: Tensor | None = None) -> Tensor:
-    """`rows [S, H]` to `[T, H]`: the sum over k, in order and without atomics, of each token's rows times `top_k_weights [T, K]`."""
+    """Adds the rows of each token up, in the order of k and without atomics.
+
+    Args:
+        rows: `[S, H]`, sorted by expert.
+        row_to_slot: `[S]`, from `sort_by_expert`.
+        slot_to_row: `[S]`, from `sort_by_expert`.
+        top_k: K.
+        top_k_weights: `[T, K]`, the factors of the rows. Without it the factors are 1.
+
+    Returns:
+        `[T, H]`.
+
+    Raises:
+        RuntimeError: If top_k does not divide S, or if shapes do not fit.
+    """
     return moe.unpermute(rows, row_to_slot, slot_to_row, top_k, top_k_weights)
 
 
@@ -130,17 +206,39 @@ def grouped_mm(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """`out[r] = x[r] @ weight[e].T + bias[e]` for the rows r of each expert e.
+    """Multiplies the rows of each expert with its matrix: `out[r] = x[r] @ weight[e].T + bias[e]` for the rows r of expert e.
 
-    x: `[S, K]`, sorted by expert. weight: `[E, N, K]` (`transposed`: `[E, K, N]`) or E matrices. bias: `[E, N]` or E vectors.
-    Returns `[S, N]`; rows past `expert_offsets[E]` are zero and their inputs are never read.
+    Args:
+        x: `[S, K]`, sorted by expert. (K is the inner size of the product here.)
+        weight: `[E, N, K]`, or `[E, K, N]` if transposed; or E matrices of these shapes.
+        expert_offsets: `[E+1]`, from `sort_by_expert`.
+        bias: `[E, N]`, or E vectors.
+        transposed: Whether the matrices are `[in, out]`.
+
+    Returns:
+        `[S, N]`. Rows past `expert_offsets[E]` are zero, and these rows of x are never read.
+
+    Raises:
+        RuntimeError: If shapes, dtypes or devices do not fit, or if a list is empty or of another length.
     """
     overload = moe.grouped_mm.default if isinstance(weight, Tensor) else moe.grouped_mm.list
     return overload(x, weight, expert_offsets, bias, transposed=transposed)
 
 
 def grouped_mm_wgrad(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
-    """`out[e] = a[rows of e].T @ b[rows of e]`: `[S, M]`, `[S, N]` to `[E, M, N]`; exactly zero for an expert without rows."""
+    """Sums the outer products of each expert's rows: `out[e] = a[rows of e].T @ b[rows of e]`. This is a weight gradient.
+
+    Args:
+        a: `[S, M]`, sorted by expert.
+        b: `[S, N]`, sorted by expert.
+        expert_offsets: `[E+1]`, from `sort_by_expert`.
+
+    Returns:
+        `[E, M, N]`. It is exactly zero for an expert without rows.
+
+    Raises:
+        RuntimeError: If a and b have different numbers of rows, dtypes or devices.
+    """
     return moe.grouped_mm_wgrad.default(a, b, expert_offsets)
 
 
@@ -153,5 +251,20 @@ def gated_activation(
     alpha: float | None = None,
     limit: float | None = None,
 ) -> Tensor:
-    """`act(gate) * up`: `[S, 2I]` to `[S, I]`, or `act(x)` with `gated=False`; formulas in `moe_ext.reference.activation`."""
+    """Applies an activation: `act(gate) * up`, or `act(pre_act)` if not gated. Formulas: `moe_ext.reference.activation`.
+
+    Args:
+        pre_act: `[S, 2I]`, or `[S, I]` if not gated.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "swigluoai".
+        gated: Whether pre_act holds gate and up.
+        interleaved: Whether gate and up alternate along 2I.
+        alpha: The factor of "swigluoai"; required there, not allowed elsewhere.
+        limit: Clamps `gate <= limit` and `-limit <= up <= limit` before the activation.
+
+    Returns:
+        `[S, I]`.
+
+    Raises:
+        RuntimeError: If pre_act has an odd number of columns though gated, or if an option has no meaning for the activation.
+    """
     return moe.gated_activation(pre_act, activation=activation, gated=gated, interleaved=interleaved, alpha=alpha, limit=limit)

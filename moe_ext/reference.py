@@ -1,9 +1,9 @@
-"""The formula of an expert layer in plain PyTorch: readable, differentiable, in any dtype; the oracle of every test.
+"""The formula of an expert layer in plain PyTorch: readable, differentiable, in any dtype. It is the oracle of every test.
 
     out[t] = sum_k w[t,k] * down_e( act(gate_e x[t]) * up_e x[t] ),   e = top_k_index[t,k]
 
-In float64 it is the truth that errors are measured against; in the dtype of the inputs it is "plain PyTorch", whose own error
-is the yardstick. It loops over the experts that have tokens, so it is slow and touches nothing it does not need.
+In float64 it is the truth that errors are measured against. In the dtype of the inputs it is "plain PyTorch", whose error is the
+yardstick. It loops over the experts that have tokens, so it is slow.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from .experts import ExpertSpec, ExpertWeights, split_gate_up
 
 
 def activation(pre_act: torch.Tensor, spec: ExpertSpec) -> torch.Tensor:
-    """`[S, 2I]` (gated) or `[S, I]` to `[S, I]`.
+    """Applies the activation of `spec`.
 
-    silu, gelu (erf), gelu_tanh, relu, relu2 = relu(x)^2: `act(gate) * up` or `act(x)`.
-    swigluoai: `gate * sigmoid(alpha * gate) * (up + 1)` (gpt-oss).
-    `limit` clamps first: `gate <= limit`, `-limit <= up <= limit` (gpt-oss, DeepSeek-V4).
+    - silu, gelu (erf), gelu_tanh, relu, `relu2 = relu(x)^2`: `act(gate) * up`, or `act(x)` if not gated.
+    - swigluoai (gpt-oss): `gate * sigmoid(alpha * gate) * (up + 1)`.
+    - `limit` clamps first: `gate <= limit`, `-limit <= up <= limit` (gpt-oss, DeepSeek-V4).
+    - `gate_fn` replaces all of it.
+
+    Args:
+        pre_act: `[S, 2I]`, or `[S, I]` if not gated.
+        spec: How the experts compute.
+
+    Returns:
+        `[S, I]`.
     """
     if spec.gate_fn is not None:
         return spec.gate_fn(pre_act)
@@ -57,10 +65,20 @@ def grouped_experts(
     weights: ExpertWeights,
     spec: ExpertSpec,
 ) -> torch.Tensor:
-    """`hidden_states [T,H]`, `top_k_index [T,K]` int, `top_k_weights [T,K]` to `[T,H]`; everything in the dtype of its inputs.
+    """Computes an expert layer by its formula, expert by expert. A slot whose id is outside `[0, E)` adds nothing.
 
-    A slot whose id is outside `[0, E)` adds nothing. Weights are cast to the dtype of `hidden_states`, expert by expert, so
-    a float64 truth of low-precision weights needs no float64 copy of the whole stack.
+    Weights are cast to the dtype of hidden_states one expert at a time, so the float64 truth of bfloat16 weights needs no float64 copy
+    of all of them.
+
+    Args:
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, K]`, int32 or int64.
+        top_k_weights: `[T, K]`.
+        weights: The tensors of the experts.
+        spec: How the experts compute.
+
+    Returns:
+        `[T, H]`, in the dtype of hidden_states.
     """
     dtype = hidden_states.dtype
     out = torch.zeros_like(hidden_states)

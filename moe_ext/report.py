@@ -1,4 +1,4 @@
-"""What `enable` and `explain` answer: one row per set of experts, as text and as data."""
+"""What `enable` and `explain` return and raise: one row per set of experts, as text and as data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from .testing import ErrorReport
 class BlockReport:
     """One set of experts.
 
-    module: its name in the model. path: what a forward runs: "fused" (the one op), "composed" (the primitives with the model's own
-    gate or norm between them) or "original" (the model's own code). enabled: whether moe_ext computes it now. reason: why it is
-    skipped; None for one that is enabled or could be. figures: errors of the proof by quantity, each new against plain PyTorch.
+    Attributes:
+        module: Its name in the model.
+        class_name: Its class.
+        layout: How its weights are stored.
+        path: What a forward runs: "fused" (one op), "composed" (the steps as ops) or "original" (the model's own code).
+        enabled: Whether moe_ext computes it now.
+        reason: Why it is skipped. None if it is enabled or can be.
+        figures: The errors of the proof, by quantity.
     """
 
     module: str
@@ -29,9 +34,11 @@ class BlockReport:
 
     @property
     def status(self) -> str:
+        """One of "enabled", "can be enabled", or the reason why not."""
         return "enabled" if self.enabled else self.reason or "can be enabled"
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the row as data for JSON."""
         figures = {name: {"error": r.new, "plain": r.plain, "ratio": r.ratio} for name, r in self.figures.items()}
         return {
             "module": self.module, "class": self.class_name, "layout": self.layout, "path": self.path,
@@ -41,7 +48,14 @@ class BlockReport:
 
 @dataclass
 class EnableReport:
-    """The answer for a whole model; `str()` is a table, in which consecutive layers that are alike share a row."""
+    """The report for a whole model. `str(report)` is a table in which consecutive layers that are alike share a row.
+
+    Attributes:
+        model: The class of the model.
+        blocks: One report for each set of experts.
+        note: What else there is to know, or None.
+        seconds: How long finding and proving took.
+    """
 
     model: str
     blocks: list[BlockReport]
@@ -50,14 +64,16 @@ class EnableReport:
 
     @property
     def enabled_count(self) -> int:
+        """The number of sets of experts that moe_ext computes now."""
         return sum(block.enabled for block in self.blocks)
 
     @property
     def skipped(self) -> list[BlockReport]:
-        """The blocks with a reason why moe_ext does not compute them."""
+        """The blocks that have a reason why moe_ext does not compute them."""
         return [block for block in self.blocks if block.reason is not None]
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the report as data for JSON."""
         return {
             "model": self.model, "enabled_count": self.enabled_count, "seconds": self.seconds, "note": self.note,
             "blocks": [block.to_dict() for block in self.blocks],
@@ -80,7 +96,12 @@ class EnableReport:
 
 
 class NoExpertsFound(ValueError):
-    """No module of the model is a set of experts that moe_ext can compute; the message lists what was looked at."""
+    """No module of the model is a set of experts that moe_ext can compute. The message lists what was looked at.
+
+    Attributes:
+        model: The class of the model.
+        rejected: The sets of experts that were found, each with the reason why it is left alone.
+    """
 
     def __init__(self, model: str, rejected: Iterable[BlockReport], modules: int) -> None:
         self.model = model
@@ -95,7 +116,11 @@ class NoExpertsFound(ValueError):
 
 
 class EnableError(RuntimeError):
-    """`enable(strict=True)` met experts that it would have to skip; the model is as it was. The report is in `.report`."""
+    """`enable(strict=True)` would have had to skip experts. The model is unchanged.
+
+    Attributes:
+        report: What was found.
+    """
 
     def __init__(self, report: EnableReport) -> None:
         self.report = report

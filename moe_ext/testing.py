@@ -1,8 +1,8 @@
-"""The error rule, for our tests and for yours, and a GPU to run the CUDA kernels on where there is none.
+"""The error rule, for our tests and for yours; and a simulated GPU to run the CUDA kernels on where there is none.
 
-A result is accepted when its error against the float64 truth is at most twice the error that plain PyTorch makes in the same
-dtype. No tolerance appears anywhere: the yardstick is measured on the same inputs. Where plain PyTorch happens to be exact
-(an identity, a copy, one term in a sum), the yardstick is the rounding of the truth itself to that dtype.
+A result is accepted if its error against the float64 truth is at most twice the error of plain PyTorch in the same dtype. There is no
+tolerance: the yardstick is measured on the same inputs. Where plain PyTorch happens to be exact (an identity, a copy, a sum of one
+term), the yardstick is the rounding of the truth to that dtype.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ ERROR_RATIO = 2.0
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Errors are relative, in the Euclidean norm: `|x - truth| / |truth|` (absolute where the truth is zero)."""
+    """Two errors against the same truth, relative in the Euclidean norm: `|x - truth| / |truth|` (absolute if the truth is zero).
+
+    Attributes:
+        new: The error of the result that is judged.
+        plain: The error of plain PyTorch in the same dtype.
+    """
 
     new: float
     plain: float
 
     @property
     def ok(self) -> bool:
+        """Whether the new error is at most twice the plain one."""
         return self.new <= ERROR_RATIO * self.plain
 
     @property
     def ratio(self) -> float:
+        """The new error as a multiple of the plain one."""
         return self.new / self.plain if self.plain else (0.0 if self.new == 0 else float("inf"))
 
     def __str__(self) -> str:
@@ -42,7 +49,18 @@ class ErrorReport:
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """`|x - truth| / |truth|`, computed in float64; NaN or infinity in `x` where the truth is finite gives infinity."""
+    """Measures `|x - truth| / |truth|` in float64.
+
+    Args:
+        x: The result.
+        truth: A tensor of the same shape.
+
+    Returns:
+        The error. Infinity if x has a NaN.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     x, truth = x.detach().double(), truth.detach().double()
     if x.shape != truth.shape:
         raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(truth.shape)}")
@@ -54,7 +72,19 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def compare(new: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> ErrorReport:
-    """Measures `new` and `plain` (same dtype) against `truth` (float64)."""
+    """Measures two results against the truth.
+
+    Args:
+        new: The result that is judged.
+        plain: The result of plain PyTorch, in the same dtype.
+        truth: The result in float64.
+
+    Returns:
+        Both errors.
+
+    Raises:
+        ValueError: If the dtypes of new and plain differ, or the shapes.
+    """
     if new.dtype != plain.dtype:
         raise ValueError(f"dtypes differ: new {new.dtype}, plain {plain.dtype}")
     rounding = relative_error(truth.to(new.dtype), truth)
@@ -62,18 +92,32 @@ def compare(new: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Erro
 
 
 def assert_accurate(new: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, what: str = "result") -> None:
-    """Raises AssertionError with both errors unless `new` obeys the error rule."""
+    """Raises an error unless `new` obeys the error rule.
+
+    Args:
+        new: The result that is judged.
+        plain: The result of plain PyTorch, in the same dtype.
+        truth: The result in float64.
+        what: The name of the result in the message.
+
+    Raises:
+        AssertionError: If the error of new is more than twice that of plain. The message states both.
+    """
     report = compare(new, plain, truth)
     assert report.ok, f"{what}: {report}"
 
 
 class SimulationError(AssertionError):
-    """A check of the simulated GPU failed; the message names the kernel, the line of PTX, the block and the thread."""
+    """A check of the simulated GPU failed. The message names the kernel, the line of PTX, the block and the thread."""
 
 
 @dataclass(frozen=True)
 class SimulatedGpu:
-    """What can be asked of the simulator while, or after, kernels ran on it."""
+    """What the simulator can be asked, while or after kernels ran on it.
+
+    Attributes:
+        simulator: The loaded library of the simulator.
+    """
 
     simulator: ctypes.CDLL
 
@@ -83,24 +127,36 @@ class SimulatedGpu:
         return str(call().decode())
 
     def take_launches(self) -> list[dict[str, Any]]:
-        """One entry per kernel launch since the last call: its name, and what was counted (instructions, bytes, bank conflicts)."""
+        """Returns an entry for each kernel launch since the last call: its name, and the instructions, bytes and bank conflicts counted."""
         launches: list[dict[str, Any]] = json.loads(self._text("gpusim_take_launches"))
         return launches
 
     def take_error(self) -> str:
+        """Returns the message of the first failed check since the last call, or an empty string."""
         return self._text("gpusim_take_error")
 
     def kernels(self) -> list[str]:
-        """Mangled names of all kernels in the libraries that are loaded."""
+        """Returns the mangled names of all kernels in the loaded libraries."""
         return sorted(set(self._text("gpusim_kernels").split()))
 
 
 @contextmanager
 def simulated_gpu(folder: Path, architecture: int = 90, **settings: str | int) -> Iterator[SimulatedGpu]:
-    """Inside, the ops on CPU tensors run the CUDA kernels, on a simulated GPU of compute capability 8.0 or 9.0.
+    """Runs the CUDA kernels on a simulated GPU: inside the `with` statement, ops on CPU tensors run them.
 
-    folder: where `python -m build_tools.gpusim` put libgpusim.so and libmoe_cuda_sim.so. settings: SCHED, ASYNC, RACE and the others
-    of tests/gpusim/README.md. Tensors must be made inside: their memory is what the simulated device has.
+    Tensors must be made inside: their memory is the memory of the simulated device.
+
+    Args:
+        folder: Where `libgpusim.so` and `libmoe_cuda_sim.so` are: `python -m tools.gpusim_build` puts them there.
+        architecture: The compute capability: 80 or 90.
+        **settings: SCHED, ASYNC, RACE and the others of tests/gpusim/README.md.
+
+    Yields:
+        What the simulator can be asked.
+
+    Raises:
+        RuntimeError: If torch is a CUDA build: the simulator has the names of the CUDA runtime.
+        SimulationError: If a check of the simulator failed inside.
     """
     if torch.version.cuda is not None:
         raise RuntimeError("simulated_gpu() needs a CPU build of torch: the simulator has the names of the CUDA runtime")
