@@ -2,6 +2,7 @@
 #   make demo     the main job: a small Qwen3-MoE trained with and without moe_ext, with a plot
 #   make test     the tests, under transformers 5 and under transformers 4
 #   make lint     ruff, clang-format, mypy          make format   the first two, applied
+#   make docs     the site of docs/, into build/site: warnings are errors
 #   make build    the libraries, in place           make bench    forward and backward against transformers
 #   make build-all  CUDA's too wherever nvcc is: demo and build leave them out on a machine without an NVIDIA driver
 #   make gpu      tests, speed and profile on the GPU of this machine, into benchmarks/results; GPU_FLAGS, as --only speed
@@ -16,12 +17,13 @@ VENVS ?= .
 VENV := $(VENVS)/.venv
 VENV_TF4 := $(VENVS)/.venv-tf4
 VENV_LINT := $(VENVS)/.venv-lint
+VENV_DOCS := $(VENVS)/.venv-docs
 ENVIRONMENT := $(PYTHON) -m build_tools.environment
 CXX_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TESTS ?= tests
 PYTEST_FLAGS ?= --timeout=900
 
-.PHONY: demo test test-tf5 test-tf4 smoke lint format build build-all bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
+.PHONY: demo test test-tf5 test-tf4 smoke lint format docs build build-all bench gpu gpu-status gpu-counters gpusim-full clean distclean lint-environment
 
 # They share environments and build folders.
 .NOTPARALLEL:
@@ -61,6 +63,11 @@ format: lint-environment
 	$(VENV_LINT)/bin/ruff format .
 	$(VENV_LINT)/bin/clang-format -i $(CXX_SOURCES)
 
+docs:
+	@$(ENVIRONMENT) $(VENV_DOCS) -r requirements/docs.txt
+	@NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict --quiet  # what the notice says is in docs/design.md
+	@echo "wrote the site: build/site/index.html"
+
 bench: build
 	$(VENV)/bin/python -m benchmarks.bench_grouped_forward
 
@@ -80,4 +87,4 @@ clean:
 	rm -rf build dist *.egg-info moe_ext/*.so .mypy_cache .ruff_cache .pytest_cache
 
 distclean: clean
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_LINT)
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_LINT) $(VENV_DOCS)

@@ -20,13 +20,14 @@ Results = dict[str, dict[str, dict[str, Any]]]
 
 HEAD = """# Which architectures are supported
 
-Every Mixture-of-Experts architecture of transformers, as a tiny model with random weights in float32 and bfloat16, in training and in
-evaluation: the output and the gradients of all parameters against the unpatched model, with float64 as the truth; the number of sets of
-experts that were found; and that `disable` gives the model back bit for bit. A name with a suffix is a variant of its config.
+Each Mixture-of-Experts architecture of transformers is tested as a tiny model with random weights, in float32 and bfloat16, in training and
+in evaluation. Its output and the gradients of all parameters are compared with those of the unpatched model, with float64 as the truth. The
+number of sets of experts is checked, and that the model returns the same bits as before after `disable`. A name with a suffix is a variant
+of a config.
 
-A cell says the path and the number of sets of experts, then the largest error of the output and of the gradients, as multiples of those
-that the unpatched model makes (2 is the limit). "fused" is one op, "composed" is the primitives with the model's own gate or norm between
-them, "skipped" runs the model's own code.
+A cell gives the path, the number of sets of experts, and the largest errors of the output and of the gradients, as multiples of the errors
+that the unpatched model makes. The limit is 2. "fused" is one op. "composed" runs the steps as ops, with the model's own gate or norm
+between them. "skipped" runs the model's own code.
 
 This file is generated from the results of `tests/integrations/test_architectures.py` by `tools/support_table.py`.
 """

@@ -1,7 +1,7 @@
 """What has been run on a GPU, and whether today's CUDA sources are the ones it was run with: `python -m benchmarks.gpu.status`.
 
-Reads benchmarks/results/gpu-{correctness,speed,profile}*.json (benchmarks/gpu/run.py writes them) and nothing else. With `--readme`
-it writes README's block of GPU figures, between the two markers, from the same files. Needs neither torch nor a GPU.
+Reads benchmarks/results/gpu-{correctness,speed,profile}*.json (benchmarks/gpu/run.py writes them) and nothing else. With `--docs`
+it writes the block of GPU figures in docs/benchmarks.md, between the two markers, from the same files. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
 PHASES = ("correctness", "speed", "profile")
 SOURCES = ("kernels/*", "kernels/cuda/*", "ops/*", "registration/*cuda*", "registration/impls.h", "registration/schemas.cpp")
 SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
-BEGIN = "<!-- GPU figures: written by benchmarks/gpu/status.py --readme -->"
+BEGIN = "<!-- GPU figures: written from benchmarks/results/gpu-*.json -->"
 END = "<!-- end of the GPU figures -->"
 
 Result = dict[str, Any]
@@ -98,8 +99,8 @@ def status(results: Mapping[str, Result], refused: list[str], sources: Mapping[s
     return "\n".join([*lines, *(f"refused: {text}" for text in refused)])
 
 
-# ---- README
-def readme_block(results: Mapping[str, Result]) -> str:
+# ---- the page
+def figures_block(results: Mapping[str, Result]) -> str:
     """Everything between the markers, markers included."""
     parts = [BEGIN]
     if not results:
@@ -153,22 +154,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def with_block(readme: str, block: str) -> str:
-    before, rest = readme.split(BEGIN)
+def with_block(page: str, block: str) -> str:
+    before, rest = page.split(BEGIN)
     return before + block + rest.split(END)[1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of gpu-*.json")
-    parser.add_argument("--readme", action="store_true", help="write README's block of GPU figures")
+    parser.add_argument("--docs", action="store_true", help="write the block of GPU figures in docs/benchmarks.md")
     options = parser.parse_args()
     results, refused = read_results(options.results)
     print(status(results, refused, source_digests()))
-    if options.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), readme_block(results)))
-        print("wrote README.md's block of GPU figures")
+    if options.docs:
+        PAGE.write_text(with_block(PAGE.read_text(), figures_block(results)))
+        print(f"wrote the GPU figures of {PAGE.relative_to(ROOT)}")
     return 0
 
 

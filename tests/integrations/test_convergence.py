@@ -15,7 +15,7 @@ from tests.helpers.models import build, tokens
 pytestmark = pytest.mark.tf4
 
 STEPS = 32
-#: What the README promises of the logits after 32 float32 steps, as a relative difference in the Euclidean norm.
+#: What docs/faq.md says of the logits after 32 float32 steps, as a relative difference in the Euclidean norm.
 PROMISED_DIFFERENCE = 1e-5
 
 

@@ -115,7 +115,7 @@ def test_a_trial_is_no_result(trial: Path) -> None:
     assert results == {} and len(refused) == 3
     said = gpu_status.status(results, refused, gpu_status.source_digests())
     assert all(f"{phase}: never run on a GPU" in said for phase in gpu_status.PHASES)
-    assert "No figure has been measured on a GPU yet" in gpu_status.readme_block(results)
+    assert "No figure has been measured on a GPU yet" in gpu_status.figures_block(results)
 
 
 def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/status.py: what it says of results that are missing, of other sources, or of today's; and README's block of figures."""
+"""benchmarks/gpu/status.py: what it says of results that are missing, of other sources, or of today's; and the page's block of figures."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_status_says_what_is_current_stale_and_failed(tmp_path: Path) -> None:
 def test_readme_table_comes_from_the_files() -> None:
     case = Case(SHAPES["qwen3"], "forward-inference", 16384)
     record = gpu_goals.derive(case, 128, {name: {"p50": ms} for name, ms in ((OURS, 2.4), (CUBLAS, 1.8), (TRANSFORMERS, 4.8))})
-    block = gpu_status.readme_block({"speed": made_on_a_gpu("speed", {case.key: record}, gpu_status.source_digests())})
+    block = gpu_status.figures_block({"speed": made_on_a_gpu("speed", {case.key: record}, gpu_status.source_digests())})
     row = "| qwen3 | 16384 | forward-inference | eager | 2.4 | 515.4 | 75 % | 65 % | 2.00 | 500 / 550 TFLOP/s | must met |"
     assert row in block.splitlines() and "The tests have not run on a GPU yet." in block
 
 
 def test_readme_is_what_the_results_say() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert gpu_status.with_block(readme, gpu_status.readme_block(gpu_status.read_results()[0])) == readme
+    page = gpu_status.PAGE.read_text()
+    assert gpu_status.with_block(page, gpu_status.figures_block(gpu_status.read_results()[0])) == page
 
 
 def test_a_source_that_changes_changes_the_digest(tmp_path: Path) -> None:
