@@ -44,7 +44,7 @@ def require_usable(tensors: Sequence[Tensor | None], like: Tensor | None = None)
             raise Refused("a weight is missing or is computed by a parametrization")
         if is_traceable_wrapper_subclass(t):
             raise Refused(f"a weight is a {type(t).__name__}, not a plain tensor")
-        if t.numel() == 0 and like is not None:
+        if t.numel() == 0:
             raise Refused("a weight is empty: it is sharded by ZeRO-3, or not loaded")
         if t.dtype not in DTYPES:
             raise Refused(f"a weight is {_name(t.dtype)}; supported are {', '.join(map(_name, DTYPES))}")
