@@ -106,7 +106,7 @@ def test_one_function_for_every_table(explain: Explain, explain_kernel: Explain)
     up, few, ungated = explain_kernel("grouped_up"), explain_kernel("grouped_up", rows=1024), explain_kernel("grouped_up", gated=False)
     assert (up["kernel"], up["tile"]) == ("sm90_cooperative", (128, 256, 64)) and "cluster" in up["reason"]
     assert up["others"] == {"few_rows": ["at most 16 rows, or 8 per expert"], "sm90_pingpong": [], "steps": []}
-    assert explain_kernel("grouped_up", rows=2000)["kernel"] == "sm90_pingpong" and few["kernel"] == "few_rows"
+    assert explain_kernel("grouped_up", rows=30000)["kernel"] == "sm90_pingpong" and few["kernel"] == "few_rows"
     assert (ungated["kernel"], ungated["tile"]) == ("steps", None)
     assert ungated["others"]["sm90_pingpong"] == ["a gated activation"]
     down, ampere = explain_kernel("grouped_down_backward"), explain_kernel("grouped_down_backward", capability=80, rows=2000)

@@ -37,7 +37,8 @@ constexpr KernelInfo info(GemmKernel kernel) {
 }
 
 using GemmRule = Rule<GemmKernel>;
-constexpr Needs kCutlass = kWgmma + kAlignedResults + kPlainResults;
+// Sums are stored as they are.
+constexpr Needs kPlainWgmma = kWgmma + kAlignedResults + kPlainResults;
 
 constexpr GemmRule kSimtRule{GemmKernel::kSimt, kExactDtype,
                              "float32 and float64 are multiplied exactly: tensor cores would round the operands"};
@@ -49,9 +50,9 @@ constexpr GemmRule kGroupedMmRules[] = {
     kSimtRule,
     kMmaElementsRule,
     {GemmKernel::kFewRows, kFewRowsPerExpert, kFewRowsReason},
-    {GemmKernel::kSm90Cooperative, kCutlass + kNAbove128 + kRows256,
+    {GemmKernel::kSm90Cooperative, kPlainWgmma + kNAbove128 + kRows256,
      "256 rows per expert fill both blocks of a cluster, which then share the weights' tile"},
-    {GemmKernel::kSm90Pingpong, kCutlass,
+    {GemmKernel::kSm90Pingpong, kPlainWgmma,
      "few rows per expert: 64-row tiles waste least, and one group's epilogue hides behind the other's products"},
     {GemmKernel::kMma64, kRowsBelow96, "most experts have less than one 128-row tile"},
     kMma128Rule,
@@ -65,10 +66,10 @@ constexpr GemmRule kGroupedMmRules[] = {
 constexpr GemmRule kWgradRules[] = {
     kSimtRule,
     kMmaElementsRule,
-    {GemmKernel::kSm90Gather, kCutlass + kGatheredRows, "rows are gathered as they are loaded: no copy of them is made"},
-    {GemmKernel::kSm90Gather, kCutlass + kRowsBelow192,
+    {GemmKernel::kSm90Gather, kPlainWgmma + kGatheredRows, "rows are gathered as they are loaded: no copy of them is made"},
+    {GemmKernel::kSm90Gather, kPlainWgmma + kRowsBelow192,
      "few rows per expert: no tensor maps, and the zeros of experts without rows come from the same kernel"},
-    {GemmKernel::kSm90Cooperative, kCutlass, "rows in place: TMA loads them, and the blocks of a cluster share what they read"},
+    {GemmKernel::kSm90Cooperative, kPlainWgmma, "rows in place: TMA loads them, and the blocks of a cluster share what they read"},
     kMma128Rule,
 };
 

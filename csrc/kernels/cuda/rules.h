@@ -1,7 +1,6 @@
-// How one of several kernels for the same op is chosen: the first rule of a table that applies. It depends on dtype, device, shapes and
-// alignment, never on the routing, which the host does not know. A rule applies when all that its kernel needs holds. Free of CUDA
-// headers, so that rules can be read and tested without a GPU: rule_tables.h lists the tables, `_C.rules` and `_C.explain_kernel` show
-// them.
+// How one of several kernels for the same op is chosen: the first rule of a table whose needs are all met. It depends on dtype, device,
+// shapes and alignment, never on the routing, which the host does not know. No CUDA header is included: rules are read and tested
+// without a GPU. rule_tables.h lists the tables; `_C.rules` and `_C.explain_kernel` show them.
 #pragma once
 #include "../types.h"
 #include "host_device.h"
