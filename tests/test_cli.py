@@ -200,7 +200,7 @@ def test_doctor_finds_every_cpu_kernel() -> None:
     assert report["cpu_kernels"]["variant"] == next(v["name"] for v in variants if v["runs_here"]), "the best that runs here"
     ops = report["kernels"]["cpu"]["ops"]
     fused = {"grouped_up", "grouped_down_backward"}
-    assert len(ops) == 11 and fused < set(ops) and list(ops) == list(report["kernels"]["cuda"]["ops"])
+    assert fused < set(ops) and list(ops) == list(report["kernels"]["cuda"]["ops"])
     assert {x["kernel"] for name, x in ops.items() if name not in fused} == {report["cpu_kernels"]["variant"]}
     assert {(ops[name]["kernel"], ops[name]["why_not"]) for name in fused} == {(None, doctor.STEPS)}
     assert list(report["rules"]) == ["grouped_mm", "grouped_mm_wgrad", "grouped_up", "grouped_down_backward"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+import moe_ext.ops
 
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "csrc" / "README.md").is_file()), None)
 if ROOT is None:
@@ -96,10 +100,19 @@ def test_files_that_texts_name_exist() -> None:
 def test_no_place_repeats_the_list_of_kernels() -> None:
     """Each name is written where it is listed, defined and used; the tables, declarations and descriptions are made from the list."""
     kernels = listed_kernels()
-    assert len(kernels) == 11
     for file in ("kernels/cpu/kernels.h", "kernels/cpu/table.cpp", "kernels/cuda/kernels.h", "kernels/cuda/table.cpp", "ops/describe.cpp"):
         words = set(re.findall(r"\w+", (CSRC / file).read_text()))
         assert not words & set(kernels) and words & {"MOE_KERNELS", "MOE_STEP_KERNELS"}, f"{file} lists kernels itself"
+
+
+@pytest.mark.parametrize("path", sorted(moe_ext.ops.CPU_LIBRARY.parent.glob("libmoe_*.so")), ids=lambda p: p.stem)
+def test_a_library_describes_every_kernel_of_the_list(path: Path) -> None:
+    library = ctypes.CDLL(str(path))
+    library.moe_describe.restype = ctypes.c_char_p
+    described = json.loads(library.moe_describe())
+    assert list(described["ops"]) == list(listed_kernels())
+    lacking = [kernel for kernel, present in described["ops"].items() if not present]
+    assert lacking == (described["fused"] if path.stem == "libmoe_cpu" else [])
 
 
 def test_rules_name_their_needs() -> None:
