@@ -82,9 +82,6 @@ class Products:
     def cxx(self, source: Path, folder: str, *flags: str) -> Unit:
         return Unit(source, BUILD_FOLDER / folder / f"{source.stem}.o", (*BASE_FLAGS, *self.path_maps, *flags, *self.cxxflags))
 
-    def shared_ops(self) -> list[Path]:
-        return [s for s in self.sources("ops/*.cpp") if not s.name.startswith("cuda_")]
-
     def cpu_library(self) -> Product:
         units = []
         for source in self.sources("kernels/cpu/*.cpp"):
@@ -93,7 +90,7 @@ class Products:
             else:
                 units += [self.cpu_kernel(source, isa) for isa in self.plan.isas]
         registration = self.sources("registration/schemas.cpp") + self.sources("registration/impls_cpu.cpp")
-        units += [self.cxx(s, f"cpu/{s.parent.name}", *self.torch_flags) for s in self.shared_ops() + registration]
+        units += [self.cxx(s, f"cpu/{s.parent.name}", *self.torch_flags) for s in self.sources("ops/*.cpp") + registration]
         link = ("-Wl,-soname,libmoe_cpu.so", "-Wl,-z,defs", self.torch_libs, "-ltorch_cpu", *self.ldflags)
         return Product("libmoe_cpu", BUILD_FOLDER / "libmoe_cpu.so", tuple(units), link)
 
@@ -112,12 +109,7 @@ class Products:
         units = [self.cuda_kernel(s, [*families, *flags]) for s, flags in kernels]
         archs = ", ".join(map(str, self.plan.archs))
         host_flags = ("-DMOE_CUDA=1", f'-DMOE_CUDA_ARCHS="{archs}"', *families, "-isystem", str(cuda.include), *self.torch_flags)
-        host = (
-            self.shared_ops()
-            + self.sources("ops/cuda_*.cpp")
-            + self.sources("kernels/cuda/*.cpp")
-            + self.sources("registration/impls_cuda.cpp")
-        )
+        host = self.sources("ops/*.cpp") + self.sources("kernels/cuda/*.cpp") + self.sources("registration/impls_cuda.cpp")
         units += [self.cxx(s, f"cuda/{s.parent.name}", *host_flags) for s in host]
         link = (
             *("-Wl,-soname,libmoe_cuda.so", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", self.torch_libs),

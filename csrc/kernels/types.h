@@ -16,7 +16,7 @@ constexpr const char* name(DType t) {
   return t == DType::kFloat64 ? "float64" : t == DType::kFloat32 ? "float32" : t == DType::kBFloat16 ? "bfloat16" : "float16";
 }
 
-// What a kernel answers. Kernels never throw; ops/status.cpp turns all but kOk into an error with values.
+// What a kernel answers. Kernels never throw; ops/checks.cpp turns all but kOk into an error with values.
 enum class Status : int8_t {
   kOk,
   kUnsupportedDtype,   // no kernel for this element type

@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include "device.h"
+
 namespace moe::ops {
 namespace {
 

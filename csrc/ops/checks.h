@@ -3,6 +3,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../kernels/params.h"
 #include "ops.h"
 
 namespace moe::ops {

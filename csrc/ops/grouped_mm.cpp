@@ -1,4 +1,4 @@
-#include "tensor_access.h"
+#include "launch.h"
 
 namespace moe::ops {
 namespace {

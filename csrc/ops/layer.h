@@ -1,6 +1,6 @@
 // What the forward and the backward of the whole expert layer share: its checked tensors, and the up projection.
 #pragma once
-#include "tensor_access.h"
+#include "launch.h"
 
 namespace moe::ops {
 

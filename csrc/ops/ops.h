@@ -1,15 +1,12 @@
 // One function per op, for every device: check the tensors, allocate the results, fill a parameter struct, launch.
-// The same sources are compiled into each op library; kernel_table() and make_launch() are what differs between them.
+// The same sources are compiled into each op library; device.h is what differs between them.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
-
-#include "../kernels/kernel_table.h"
 
 namespace moe::ops {
 
@@ -18,14 +15,6 @@ using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
 using OptionalTensorList = std::optional<TensorList>;
 using OptionalDouble = std::optional<double>;
-
-// Defined once per library: the device's kernels, and how to launch them where `like` is.
-const KernelTable& kernel_table();
-
-struct HostLaunch : Launch {
-  std::shared_ptr<void> device_guard;  // CUDA: makes the tensor's device current until it is released
-};
-HostLaunch make_launch(const Tensor& like);
 
 // Bits of the `needs` argument of the backward ops: which gradients to compute. Results come in this order.
 enum Needs : int64_t {

@@ -9,7 +9,7 @@
 
 #include "../kernels/cpu/table.h"
 #include "../ops/checks.h"
-#include "../ops/describe.h"
+#include "../ops/device.h"
 #include "impls.h"
 
 namespace moe::ops {

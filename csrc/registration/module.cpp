@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda/grouped_mm_config.h"
+#include "kernels/cuda/rule_tables.h"
 #include "moe_build_info.h"
 
 namespace py = pybind11;
@@ -55,36 +55,76 @@ bool has_arch(const std::string& start) {
   return false;
 }
 
-// The tables of kernels/cuda/grouped_mm_config.h, which the CUDA library reads too. Rules after the one that applies are not asked.
-py::dict explain_grouped_mm(const std::string& dtype, int capability, int64_t rows, int64_t experts, int64_t N, int64_t K, bool aligned,
-                            bool n_major, bool bias, bool accumulate, bool wgrad, bool gathered) {
+py::object tile(const moe::cuda::KernelInfo& info) {
+  return info.tile_m ? py::object(py::make_tuple(info.tile_m, info.tile_n, info.tile_k)) : py::none();
+}
+
+// The kernel of a table for a query and what it would take to get another. Rules after the one that applies are not asked.
+template <class Rules>
+py::dict explain(const Rules& rules, const moe::cuda::KernelQuery& query) {
+  const auto& chosen = choose(rules, query);
+  py::dict others;
+  for (const auto& rule : rules) {
+    if (rule.kernel == chosen.kernel) continue;
+    py::list missing;
+    for (const moe::cuda::Requirement* r : rule.needs) {
+      if (!r->holds(query)) missing.append(r->text);
+    }
+    const char* name = info(rule.kernel).name;
+    if (!others.contains(name) || py::len(missing) < py::len(others[name])) others[name] = missing;  // a kernel may have two lines
+  }
+  py::dict result;
+  result["kernel"] = info(chosen.kernel).name;
+  result["reason"] = chosen.reason;
+  result["tile"] = tile(info(chosen.kernel));
+  result["others"] = others;
+  return result;
+}
+
+py::dict explain_kernel(const std::string& op, const std::string& dtype, int capability, int64_t rows, int64_t experts, int64_t N,
+                        int64_t K, bool aligned, bool n_major, bool bias, bool accumulate, bool gathered, bool gated) {
   using namespace moe::cuda;
   if (rows < 0 || experts < 1 || N < 0 || K < 0) throw std::invalid_argument("moe_ext: rows, N and K are at least 0, experts at least 1");
-  GemmQuery query{parse_dtype(dtype), capability, rows, experts, N, K};
-  query.aligned = query.aligned_out = aligned;
+  KernelQuery query{parse_dtype(dtype), capability, rows, experts, N, K};
+  query.aligned = query.aligned_out = query.tensor_maps = aligned;
   query.n_major = n_major;
   query.epilogue = bias || accumulate;
   query.gathered = gathered;
+  query.gated = gated;
   query.has_sm90 = has_arch("sm_90");
   py::dict result;
-  const auto explain = [&](const auto& rules) {
-    const GemmRule& chosen = choose(rules, query);
-    const GemmKernelInfo kernel = info(chosen.kernel);
-    result["kernel"] = kernel.name;
-    result["reason"] = chosen.reason;
-    result["tile"] = py::make_tuple(kernel.tile_m, kernel.tile_n, kernel.tile_k);
-    py::dict others;
-    for (const GemmRule& rule : rules) {
-      py::list missing;
-      for_each_missing(rule.requirements, query, [&](const char* text) { missing.append(text); });
-      const char* name = info(rule.kernel).name;
-      if (rule.kernel == chosen.kernel) continue;
-      if (!others.contains(name) || py::len(missing) < py::len(others[name])) others[name] = missing;  // a kernel may have two lines
-    }
-    result["others"] = others;
-  };
-  wgrad ? explain(kWgradRules) : explain(kGroupedMmRules);
+  std::string known;
+  for_each_rule_table([&](const char* name, const auto& rules) {
+    if (op == name) result = explain(rules, query);
+    known += std::string(known.empty() ? "" : ", ") + name;
+  });
+  if (result.empty()) throw std::invalid_argument("moe_ext: op='" + op + "' has no table of rules; there are " + known);
   return result;
+}
+
+py::dict explain_grouped_mm(const std::string& dtype, int capability, int64_t rows, int64_t experts, int64_t N, int64_t K, bool aligned,
+                            bool n_major, bool bias, bool accumulate, bool wgrad, bool gathered) {
+  return explain_kernel(wgrad ? "grouped_mm_wgrad" : "grouped_mm", dtype, capability, rows, experts, N, K, aligned, n_major, bias,
+                        accumulate, gathered, true);
+}
+
+py::dict rules() {
+  py::dict tables;
+  moe::cuda::for_each_rule_table([&](const char* name, const auto& rules) {
+    py::list lines;
+    for (const auto& rule : rules) {
+      py::list needs;
+      for (const moe::cuda::Requirement* r : rule.needs) needs.append(r->text);
+      py::dict line;
+      line["kernel"] = info(rule.kernel).name;
+      line["tile"] = tile(info(rule.kernel));
+      line["needs"] = needs;
+      line["reason"] = rule.reason;
+      lines.append(line);
+    }
+    tables[name] = lines;
+  });
+  return tables;
 }
 
 }  // namespace
@@ -96,12 +136,21 @@ PYBIND11_MODULE(_C, m) {
       "Versions and targets this module was built with: version, compiler, torch_headers, torch_target, isas, cuda, cuda_archs, cutlass.");
   m.def("describe", &describe, py::arg("library_path"),
         "What a loaded op library says about itself: its build and its kernel tables. RuntimeError when the library is not loaded.");
+  m.def("rules", &rules,
+        "The rules by which the CUDA library chooses kernels: for each op that has several, its rules in order, of which the first whose "
+        "needs all hold applies. A rule has kernel, tile (rows, columns, depth; None where the op runs its steps), needs and reason.");
+  m.def(
+      "explain_kernel", &explain_kernel, py::arg("op"), py::kw_only(), py::arg("dtype"), py::arg("capability"), py::arg("rows"),
+      py::arg("experts"), py::arg("N"), py::arg("K"), py::arg("aligned") = true, py::arg("n_major") = false, py::arg("bias") = false,
+      py::arg("accumulate") = false, py::arg("gathered") = false, py::arg("gated") = true,
+      "Which CUDA kernel this build runs and why; no GPU is needed. op: 'grouped_mm' (N outputs, K inputs of an expert), "
+      "'grouped_mm_wgrad' (results are N x K), 'grouped_up' (N = I, or 2I where gate and up alternate along n_major outputs; K = H) or "
+      "'grouped_down_backward' (N = I, K = H). dtype: 'bfloat16', ...; capability: 80, 90, 120; rows: S, of all experts; aligned: whether "
+      "rows and matrices begin at multiples of 16 bytes; n_major: a weight is [K, N]; gathered: rows of a grouped_mm_wgrad lie elsewhere. "
+      "Returns kernel, reason, tile (rows, columns, depth; None for 'steps') and others: for each other kernel what it would have needed; "
+      "nothing where the chosen one only comes first. ValueError for an unknown op or dtype, or a size that cannot be.");
   m.def("explain_grouped_mm", &explain_grouped_mm, py::kw_only(), py::arg("dtype"), py::arg("capability"), py::arg("rows"),
         py::arg("experts"), py::arg("N"), py::arg("K"), py::arg("aligned") = true, py::arg("n_major") = false, py::arg("bias") = false,
         py::arg("accumulate") = false, py::arg("wgrad") = false, py::arg("gathered") = false,
-        "Which CUDA kernel this build runs for a grouped_mm (or, with wgrad, a grouped_mm_wgrad, whose results are N x K) and why; no GPU "
-        "is needed. dtype: 'bfloat16', ...; capability: 80, 90, 120; rows: S, of all experts; aligned: whether rows and matrices begin at "
-        "multiples of 16 bytes; n_major: a weight is [K, N]; gathered: rows of a wgrad lie elsewhere. Returns kernel, reason, tile (rows, "
-        "columns, depth) and others: for each other kernel what it would have "
-        "needed; nothing where the chosen one only comes first.");
+        "explain_kernel of 'grouped_mm', or with wgrad of 'grouped_mm_wgrad'.");
 }

@@ -26,6 +26,8 @@ INSTRUCTION_SETS = (
     "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
     "asimd", "asimdhp", "bf16", "sve", "sve2", "i8mm",
 )  # fmt: skip
+#: A fused kernel is for speed alone (csrc/kernels/kernel_table.h).
+STEPS = "none, the ops run the steps one by one"
 
 Report = dict[str, Any]
 
@@ -54,6 +56,7 @@ def examine() -> Report:
         "cpu_kernels": _cpu_kernels(cpu, cpu_error),
         "gpus": gpus,
         "kernels": _kernels(cpu, cpu_error, cuda, cuda_error, gpus),
+        "rules": introspection.rules() if hasattr(introspection, "rules") else {},  # a module of an older build has none
     }
 
 
@@ -156,26 +159,26 @@ def _gpus() -> Report:
 
 
 def _kernels(cpu: Report | None, cpu_error: str | None, cuda: Report | None, cuda_error: str | None, gpus: Report) -> Report:
-    """Per device: the dtypes, and per op `{"kernel": name or None, "why_not": reason or None}`."""
-    names = list((cpu or cuda or {}).get("ops", {}))
+    """Per device: the dtypes, and per kernel `{"kernel": variant or None, "why_not": reason or None}`."""
+    known = cpu or cuda or {"ops": {}, "fused": []}
 
     def column(table: Report | None, error: str | None) -> Report:
-        ops = {}
-        for name in names:
+        def why_not(name: str) -> str | None:
             if table is None or error:
-                ops[name] = {"kernel": None, "why_not": error}
-            elif table["ops"].get(name):
-                ops[name] = {"kernel": table["variant"], "why_not": None}
-            else:
-                ops[name] = {"kernel": None, "why_not": "this build has no such kernel"}
+                return error
+            if table["ops"].get(name):
+                return None
+            return STEPS if name in known.get("fused", []) else "this build has no such kernel"
+
+        ops = {name: {"kernel": None if why_not(name) else (table or {})["variant"], "why_not": why_not(name)} for name in known["ops"]}
         return {"dtypes": table["dtypes"] if table else None, "why_not": error, "ops": ops}
 
     no_gpu = None if gpus["devices"] else gpus["why_none"]
     return {"cpu": column(cpu, cpu_error), "cuda": column(cuda, cuda_error or no_gpu)}
 
 
-def as_text(report: Report) -> str:
-    """The report for reading; every value in it is in the JSON too."""
+def as_text(report: Report, rules: bool = False) -> str:
+    """The report for reading; every value in it is in the JSON too. `rules` adds how one of several CUDA kernels is chosen."""
     sections = [("versions", {k: v or "not installed" for k, v in report["versions"].items()})]
     libraries = {n: x["path"] if x["loaded"] else x["why_not"] for n, x in report["libraries"].items()}
     sections.append(("libraries", libraries))
@@ -203,6 +206,8 @@ def as_text(report: Report) -> str:
         width = max(map(len, rows))
         lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
     lines += [*_kernel_table(report["kernels"]), ""]
+    if rules:
+        lines += [*_rule_tables(report["rules"]), ""]
     lines.append("moe_ext works here." if report["usable"] else f"moe_ext does not work here: {report['problem']}")
     return "\n".join(lines)
 
@@ -218,8 +223,24 @@ def _kernel_table(kernels: Report) -> list[str]:
         for i, op in enumerate(ops):
             lines.append(f"  {op:<{width}}  " + "  ".join(f"{cells[d][i]:<{widths[d]}}" for d in cells).rstrip())
     for device, column in kernels.items():
-        reasons = {x["why_not"] for x in column["ops"].values() if x["why_not"]} | ({column["why_not"]} if column["why_not"] else set())
         if column["dtypes"]:
             lines.append(f"  {device}: {column['dtypes']}")
-        lines += [f"  {device}, no kernel: {reason}" for reason in sorted(reasons)]
+        if column["why_not"]:
+            lines.append(f"  {device}, no kernel: {column['why_not']}")
+            continue
+        for reason in sorted({x["why_not"] for x in column["ops"].values() if x["why_not"]}):
+            names = [name for name, x in column["ops"].items() if x["why_not"] == reason]
+            lines.append(f"  {device}, {', '.join(names)}: {reason}")
     return lines
+
+
+def _rule_tables(tables: Report) -> list[str]:
+    lines = ["CUDA kernels of an op: the first whose needs are all met runs"]
+    for op, rules in tables.items():
+        lines.append(f"  {op}")
+        for rule in rules:
+            tile = f" ({' x '.join(map(str, rule['tile']))})" if rule["tile"] else ""
+            lines.append(f"    {rule['kernel']}{tile}: {rule['reason']}")
+            if rule["needs"]:
+                lines.append(f"      needs {'; '.join(rule['needs'])}")
+    return lines if tables else ["CUDA kernels of an op: not known without moe_ext/_C"]

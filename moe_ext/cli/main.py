@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Shows versions, libraries, instruction sets, GPUs, and which kernel each op would use on each device, or why none. "
         "Exit code 1 when moe_ext cannot work here.",
     )
-    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON, with the rules")
+    doctor.add_argument("--rules", action="store_true", help="show the rules by which one of several CUDA kernels for an op is chosen")
     doctor.set_defaults(run=_doctor)
 
     explain = commands.add_parser(
@@ -94,7 +95,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
     report = doctor.examine()
-    print(json.dumps(report, indent=2) if args.json else doctor.as_text(report))
+    print(json.dumps(report, indent=2) if args.json else doctor.as_text(report, args.rules))
     return 0 if report["usable"] else 1
 
 

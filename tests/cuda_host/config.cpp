@@ -4,21 +4,21 @@
 #include <set>
 
 #include "check.h"
-#include "kernels/cuda/grouped_up_config.h"
+#include "kernels/cuda/rule_tables.h"
 
 using namespace moe;
 using namespace moe::cuda;
 
 // The requirements of the kernels again, in words of this test.
-static bool can_run_wgmma(const GemmQuery& q) {
+static bool can_run_wgmma(const KernelQuery& q) {
   return kHasSm90 && q.capability == 90 && q.aligned_out && !q.epilogue && q.rows > 0 && q.K > 0 && q.K % 8 == 0 && q.N % 8 == 0;
 }
 static bool is_wgmma(GemmKernel kernel) {
   return kernel == GemmKernel::kSm90Cooperative || kernel == GemmKernel::kSm90Pingpong || kernel == GemmKernel::kSm90Gather;
 }
 
-static GemmQuery query(DType dtype, int capability, int64_t rows, int64_t experts) {
-  GemmQuery q{dtype};
+static KernelQuery query(DType dtype, int capability, int64_t rows, int64_t experts) {
+  KernelQuery q{dtype};
   q.capability = capability;
   q.rows = rows;
   q.experts = experts;
@@ -33,7 +33,7 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
     for (int capability : {80, 86, 89, 90, 100, 120}) {
       for (int64_t rows : {0, 1, 1024, 1025, 100000}) {
         for (int bits = 0; bits < 128; ++bits) {
-          GemmQuery q = query(dtype, capability, rows, 128);
+          KernelQuery q = query(dtype, capability, rows, 128);
           q.aligned = bits & 1;
           q.aligned_out = bits & 2;
           q.epilogue = bits & 4;
@@ -49,10 +49,7 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
                 rule.reason);
           CHECK(is_wgmma(rule.kernel) == (can_run_wgmma(q) && q.aligned && element_size(dtype) == 2 && !few), "%s", rule.reason);
           for (const GemmRule& other : rules) {
-            int missing = 0;
-            for_each_missing(other.requirements, q, [&](const char*) { ++missing; });
-            CHECK(other.applies(q) == (missing == 0), "%s", other.reason);
-            CHECK(&other >= &rule || missing, "%s comes first", other.reason);
+            CHECK(&other >= &rule || !other.applies(q), "%s comes first", other.reason);
           }
           CHECK(q.aligned || element_size(dtype) > 2 || rule.kernel == GemmKernel::kMmaElements, "%s", rule.reason);
           if (!grouped_mm) CHECK(rule.kernel != GemmKernel::kMma64 && rule.kernel != GemmKernel::kSm90Pingpong, "%s", rule.reason);
@@ -73,7 +70,7 @@ static void check_table(const GemmRule (&rules)[kCount], bool grouped_mm) {
 // Few rows: T tokens, each to k of E experts of H x I, in bfloat16 on any device.
 static void check_few_rows() {
   const auto few = [](int64_t T, int64_t k, int64_t E, int64_t H, int64_t I, bool n_major = false) {
-    GemmQuery q = query(DType::kBFloat16, 90, T * k, E);
+    KernelQuery q = query(DType::kBFloat16, 90, T * k, E);
     q.N = I;
     q.K = H;
     q.n_major = n_major;
@@ -89,8 +86,31 @@ static void check_few_rows() {
   CHECK(!few(1, 8, 128, 2048, 766, true), "contiguous outputs not in eights");
 }
 
+// grouped_up of many rows: the two tiles of sm_90a, or the steps.
+static void check_up() {
+  std::set<const char*> reached;
+  for (int capability : {80, 90, 100}) {
+    for (int64_t rows : {0, 1024, 1025, 256 * 128 - 1, 256 * 128}) {
+      for (int bits = 0; bits < 16; ++bits) {
+        KernelQuery q = query(DType::kBFloat16, capability, rows, 128);
+        q.aligned = bits & 1;
+        q.tensor_maps = bits & 2;
+        q.gated = bits & 4;
+        if (bits & 8) q.N = 20;
+        const auto& rule = choose(kGroupedUpRules, q);
+        reached.insert(rule.reason);
+        const bool sm90 = rule.kernel == UpKernel::kSm90Cooperative || rule.kernel == UpKernel::kSm90Pingpong;
+        CHECK(sm90 == (kHasSm90 && capability == 90 && rows > 1024 && bits == 7), "%s", rule.reason);
+        CHECK(!sm90 || (rule.kernel == UpKernel::kSm90Cooperative) == (rows >= 256 * 128), "two blocks are full from 256 rows on");
+      }
+    }
+  }
+  CHECK(reached.size() == (kHasSm90 ? 4 : 2), "%zu lines are reached", reached.size());
+}
+
 int main() {
   check_few_rows();
+  check_up();
   check_table(kGroupedMmRules, true);
   check_table(kWgradRules, false);
   const auto kernel = [](int capability, int64_t rows) {
@@ -103,6 +123,9 @@ int main() {
   for (int capability : {100, 103, 110, 120, 121}) {
     CHECK(kernel(capability, 2000) == GemmKernel::kMma64 && kernel(capability, 128 * 1024) == GemmKernel::kMma128, "no wgmma but on 9.0");
   }
-  CHECK(static_cast<unsigned>(kFusedWgmma) < 1u << std::size(kRequirements), "a bit without a requirement");
+  for_each_rule_table([](const char* name, const auto& rules) {
+    CHECK(std::rbegin(rules)->needs.count == 0, "%s: the last rule needs nothing", name);
+    for (const auto& rule : rules) CHECK(*info(rule.kernel).name && *rule.reason, "%s: a rule has a name and a reason", name);
+  });
   return 0;
 }

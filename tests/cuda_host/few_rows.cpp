@@ -23,7 +23,7 @@ static void check_products() {
     for (int load = 0; load < Tile::kLoads; ++load) {
       for (int j = 0; j < 8; ++j) {
         const int output = Tile::load_output(lane, load) + (Tile::kIsKMajor ? 0 : j);
-        const int k = Tile::load_k(lane, load) + (Tile::kIsKMajor ? j : 0);
+        const int k = lane % 4 * 8 + (Tile::kIsKMajor ? j : load);
         CHECK(output < Tile::kOutputs && k < kSliceDepth, "lane %d load %d", lane, load);
         ++loaded[output * kSliceDepth + k];
         const unsigned pair = j % 2 ? weights[lane][load][j / 2] : 0;

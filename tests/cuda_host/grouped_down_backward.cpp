@@ -4,7 +4,7 @@
 #include <set>
 
 #include "check.h"
-#include "kernels/cuda/grouped_down_backward_config.h"
+#include "kernels/cuda/grouped_down_backward_sm90.h"
 
 using namespace moe;
 using namespace moe::cuda;
@@ -13,12 +13,17 @@ static void check_rules() {
   std::set<const char*> reached;
   for (int capability : {0, 80, 89, 90, 100, 120}) {
     for (int64_t rows : {0, 1, 16 * 128 - 1, 16 * 128, 100000}) {
-      for (bool readable : {false, true}) {
-        const DownBackwardRule& rule = choose({capability, rows, 128, readable});
+      for (int bits = 0; bits < 64; ++bits) {
+        KernelQuery q{bits & 1 ? DType::kFloat32 : DType::kFloat16, capability, rows, 128, bits & 2 ? 100 : 768, 2048};
+        q.aligned = !(bits & 4);
+        q.aligned_out = !(bits & 8);
+        q.tensor_maps = !(bits & 16);
+        q.gated = !(bits & 32);
+        const auto& rule = choose(kDownBackwardRules, q);
         reached.insert(rule.reason);
-        const bool expected = kHasSm90 && capability == 90 && rows >= 16 * 128 && readable;
-        CHECK((rule.kernel == DownBackwardKernel::kSm90Pingpong) == expected, "capability %d, %ld rows", capability,
-              static_cast<long>(rows));
+        const bool expected = kHasSm90 && capability == 90 && rows >= 16 * 128 && !bits;
+        CHECK((rule.kernel == DownBackwardKernel::kSm90Pingpong) == expected, "capability %d, %ld rows, %d", capability,
+              static_cast<long>(rows), bits);
       }
     }
   }

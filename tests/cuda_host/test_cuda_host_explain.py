@@ -1,5 +1,5 @@
-"""`_C.explain_grouped_mm`: the kernel tables of the CUDA library, asked without a GPU. The module is compiled here, for a build with
-sm_90a and for one without.
+"""`_C.rules`, `_C.explain_kernel` and `_C.explain_grouped_mm`: the rules of the CUDA library, asked without a GPU. The module is
+compiled here, for a build with sm_90a and for one without.
 """
 
 from __future__ import annotations
@@ -49,9 +49,18 @@ def load(output: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def explain(tmp_path_factory: pytest.TempPathFactory) -> Explain:
-    module = load(compile_module(tmp_path_factory.mktemp("module"), ["sm_80+ptx", "sm_90a"]))
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return load(compile_module(tmp_path_factory.mktemp("module"), ["sm_80+ptx", "sm_90a"]))
+
+
+@pytest.fixture(scope="module")
+def explain(module: ModuleType) -> Explain:
     return lambda **changes: module.explain_grouped_mm(**{**SHAPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def explain_kernel(module: ModuleType) -> Explain:
+    return lambda op, **changes: module.explain_kernel(op, **{**SHAPE, **changes})
 
 
 def test_the_kernel_and_what_the_others_need(explain: Explain) -> None:
@@ -91,11 +100,47 @@ def test_newer_and_smaller_devices_run_mma_sync(explain: Explain, capability: in
     assert explain(capability=capability, rows=2000)["kernel"] == "mma_64"
 
 
+def test_one_function_for_every_table(explain: Explain, explain_kernel: Explain) -> None:
+    assert explain_kernel("grouped_mm", bias=True) == explain(bias=True)
+    assert explain_kernel("grouped_mm_wgrad", gathered=True) == explain(wgrad=True, gathered=True)
+    up, few, ungated = explain_kernel("grouped_up"), explain_kernel("grouped_up", rows=1024), explain_kernel("grouped_up", gated=False)
+    assert (up["kernel"], up["tile"]) == ("sm90_cooperative", (128, 256, 64)) and "cluster" in up["reason"]
+    assert up["others"] == {"few_rows": ["at most 16 rows, or 8 per expert"], "sm90_pingpong": [], "steps": []}
+    assert explain_kernel("grouped_up", rows=30000)["kernel"] == "sm90_pingpong" and few["kernel"] == "few_rows"
+    assert (ungated["kernel"], ungated["tile"]) == ("steps", None)
+    assert ungated["others"]["sm90_pingpong"] == ["a gated activation"]
+    down, ampere = explain_kernel("grouped_down_backward"), explain_kernel("grouped_down_backward", capability=80, rows=2000)
+    assert (down["kernel"], down["tile"], down["others"]) == ("sm90_pingpong", (128, 128, 64), {"steps": []})
+    assert ampere["kernel"] == "steps"
+    assert ampere["others"] == {"sm90_pingpong": ["a device of compute capability 9.0", "16 rows per expert"]}
+    unaligned = ["rows and matrices that begin at multiples of 16 bytes", "matrices that a tensor map can describe"]
+    found = explain_kernel("grouped_down_backward", aligned=False)["others"]["sm90_pingpong"]
+    assert found == [*unaligned, "results whose rows begin at multiples of 16 bytes"]
+
+
+def test_every_rule_of_every_table_is_listed(module: ModuleType, explain_kernel: Explain) -> None:
+    tables = module.rules()
+    assert list(tables) == ["grouped_mm", "grouped_mm_wgrad", "grouped_up", "grouped_down_backward"]
+    for op, rules in tables.items():
+        assert all(rule["reason"] and rule["kernel"] for rule in rules) and rules[-1]["needs"] == []
+        assert all(rule["needs"] for rule in rules[:-1]), "a rule that needs nothing hides those below it"
+        assert all((rule["tile"] is None) == (rule["kernel"] == "steps") for rule in rules)
+        found = explain_kernel(op)
+        assert {rule["kernel"] for rule in rules} == {found["kernel"], *found["others"]}
+        (chosen,) = (rule for rule in rules if rule["reason"] == found["reason"])
+        assert (chosen["kernel"], chosen["tile"]) == (found["kernel"], found["tile"])
+
+
 def test_mistakes_are_named(explain: Explain) -> None:
     with pytest.raises(ValueError, match="dtype='int8' is not one of float64, float32, bfloat16, float16"):
         explain(dtype="int8")
     with pytest.raises(ValueError, match="experts at least 1"):
         explain(experts=0)
+
+
+def test_an_op_without_rules_is_named(explain_kernel: Explain) -> None:
+    with pytest.raises(ValueError, match="op='permute' has no table of rules; there are grouped_mm, .*, grouped_down_backward"):
+        explain_kernel("permute")
 
 
 def test_a_build_without_sm_90a(tmp_path: Path) -> None:

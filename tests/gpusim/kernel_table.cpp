@@ -1,6 +1,7 @@
 // The kernel table of csrc/kernels/cuda, for moe_ext.testing.simulated_gpu(), and its fused kernels by themselves, for fused.py.
-#include <kernels/cuda/grouped_up_sm90.h>
+#include <kernels/cuda/grouped_gemm.h>
 #include <kernels/cuda/kernels.h>
+#include <kernels/cuda/rules.h>
 
 #define MOE_SIMULATED extern "C" __attribute__((visibility("default")))
 
@@ -21,11 +22,12 @@ static int run(const moe::Kernel<Params>& kernel, const Params& p, int64_t size,
   return static_cast<int>(kernel.launch(p, launch));
 }
 
-#if defined(MOE_CUDA_SM90)  // whatever the number of rows
+// Those for many rows, whatever their number.
 MOE_SIMULATED int moe_simulated_grouped_up(const moe::GroupedUpParams* p, int64_t size, int64_t* bytes, void* workspace) {
-  return run(moe::cuda::grouped_up_sm90, *p, size, bytes, workspace);
+  using namespace moe::cuda;
+  const bool two_full_blocks = kRows256.holds({p->dtype, 90, p->S, p->E});
+  return run(two_full_blocks ? sm90_up_cooperative : sm90_up_pingpong, *p, size, bytes, workspace);
 }
-#endif
 MOE_SIMULATED int moe_simulated_grouped_mm_wgrad(const moe::GroupedMmWgradParams* p, int64_t size, int64_t* bytes, void* workspace) {
   return run(moe::cuda::table().grouped_mm_wgrad, *p, size, bytes, workspace);
 }

@@ -183,6 +183,11 @@ def test_doctor_prints_the_same_as_text_and_as_json(capsys: pytest.CaptureFixtur
         for op, answer in device["ops"].items():
             assert (answer["kernel"] is None) != (answer["why_not"] is None)
             shown += [op, answer["kernel"] or answer["why_not"]]
+    assert not any(rule["reason"] in text for rules in report["rules"].values() for rule in rules)
+    assert main(["doctor", "--rules"]) == 0
+    text = capsys.readouterr().out
+    for op, rules in report["rules"].items():
+        shown += [op, *(part for rule in rules for part in (rule["kernel"], rule["reason"], *rule["needs"]))]
     for value in shown:
         assert value in text
 
@@ -194,7 +199,11 @@ def test_doctor_finds_every_cpu_kernel() -> None:
     assert variants[-1] == {"name": "generic", "runs_here": True}
     assert report["cpu_kernels"]["variant"] == next(v["name"] for v in variants if v["runs_here"]), "the best that runs here"
     ops = report["kernels"]["cpu"]["ops"]
-    assert "grouped_mm" in ops and {x["kernel"] for x in ops.values()} == {report["cpu_kernels"]["variant"]}
+    fused = {"grouped_up", "grouped_down_backward"}
+    assert fused < set(ops) and list(ops) == list(report["kernels"]["cuda"]["ops"])
+    assert {x["kernel"] for name, x in ops.items() if name not in fused} == {report["cpu_kernels"]["variant"]}
+    assert {(ops[name]["kernel"], ops[name]["why_not"]) for name in fused} == {(None, doctor.STEPS)}
+    assert list(report["rules"]) == ["grouped_mm", "grouped_mm_wgrad", "grouped_up", "grouped_down_backward"]
     assert "bfloat16" in report["kernels"]["cpu"]["dtypes"]
 
 

@@ -165,6 +165,21 @@ def test_ops_use_the_stable_interface_of_torch_only() -> None:
 
 
 @needs_sources
+def test_ops_are_the_same_sources_for_every_device() -> None:
+    """What differs is declared in ops/device.h and defined in registration/, once per library."""
+    for path in sources("ops"):
+        headers = INCLUDE.findall(path.read_text())
+        assert not [h for h in headers if re.match(r"cuda|.*kernels/(cpu|cuda)/|.*aoti_torch", h)], f"{path.name} knows a device"
+    for name in ("kernel_table", "make_launch", "describe_variants"):
+        defined = [
+            p.name for p in [*sources("ops"), *sources("registration")] if re.search(rf"^\w[\w:&<> ]* {name}\(.*\{{", p.read_text(), re.M)
+        ]
+        assert defined == ["impls_cpu.cpp", "impls_cuda.cpp"], name
+    launching = [p.name for p in sources("ops") if "make_launch(" in p.read_text()]
+    assert launching == ["device.h", "launch.h"], "ops launch through run() of launch.h"
+
+
+@needs_sources
 def test_each_activation_formula_is_written_once() -> None:
     using = [p.name for p in [*sources("kernels"), *sources("ops")] if re.search(r"\b(erf|tanhf?|expm1)\s*\(", p.read_text())]
     assert using == ["activation.h"]

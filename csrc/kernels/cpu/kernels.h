@@ -3,17 +3,11 @@
 #pragma once
 #include "../kernel_table.h"
 
-#define MOE_DECLARE_CPU_KERNELS(isa)                                            \
-  namespace moe::cpu::isa {                                                     \
-  extern const Kernel<SortParams> sort_by_expert;                               \
-  extern const Kernel<PermuteParams> permute;                                   \
-  extern const Kernel<UnpermuteParams> unpermute;                               \
-  extern const Kernel<UnpermuteBackwardParams> unpermute_backward;              \
-  extern const Kernel<GroupedMmParams> grouped_mm;                              \
-  extern const Kernel<GroupedMmWgradParams> grouped_mm_wgrad;                   \
-  extern const Kernel<GroupedBiasGradParams> grouped_bias_grad;                 \
-  extern const Kernel<GatedActivationParams> gated_activation;                  \
-  extern const Kernel<GatedActivationBackwardParams> gated_activation_backward; \
+// The CPU has a file for each step and no fused kernel.
+#define MOE_DECLARE_CPU_KERNELS(isa)   \
+  namespace moe::cpu::isa {            \
+  MOE_STEP_KERNELS(MOE_DECLARE_KERNEL) \
+  MOE_FUSED_KERNELS(MOE_NO_KERNEL)     \
   }
 
 #if defined(MOE_ISA)

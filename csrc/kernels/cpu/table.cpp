@@ -5,35 +5,20 @@
 
 #include "kernels.h"
 
-#define MOE_FOR_EACH_ISA(F) MOE_ISAS(F)
+MOE_ISAS(MOE_DECLARE_CPU_KERNELS)
 
-MOE_FOR_EACH_ISA(MOE_DECLARE_CPU_KERNELS)
+#define MOE_CPU_TABLE(isa)                                                                                                  \
+  namespace moe::cpu::isa {                                                                                                 \
+  static KernelTable table() { return {"cpu", #isa, "float64, float32, bfloat16, float16", MOE_KERNELS(MOE_KERNEL_NAME)}; } \
+  }
+MOE_ISAS(MOE_CPU_TABLE)
 
 namespace moe::cpu {
-namespace {
-
-constexpr const char* kDtypes = "float64, float32, bfloat16, float16";
-
-}  // namespace
 
 const KernelTable* tables(int* count) {
   // Function-local, so that no order of static initialisation across files matters.
-#define MOE_TABLE(isa)                        \
-  KernelTable{"cpu",                          \
-              #isa,                           \
-              kDtypes,                        \
-              isa::sort_by_expert,            \
-              isa::permute,                   \
-              isa::grouped_mm,                \
-              isa::grouped_mm_wgrad,          \
-              isa::grouped_bias_grad,         \
-              isa::gated_activation,          \
-              isa::gated_activation_backward, \
-              isa::unpermute,                 \
-              isa::unpermute_backward,        \
-              {},                             \
-              {}},
-  static const KernelTable all[] = {MOE_FOR_EACH_ISA(MOE_TABLE)};
+#define MOE_CALL_TABLE(isa) isa::table(),
+  static const KernelTable all[] = {MOE_ISAS(MOE_CALL_TABLE)};
   *count = static_cast<int>(sizeof(all) / sizeof(all[0]));
   return all;
 }

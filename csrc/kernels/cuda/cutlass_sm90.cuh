@@ -9,7 +9,7 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include "sm90_launch.h"
+#include "cutlass_launch.h"
 
 namespace moe::cuda {
 

@@ -19,9 +19,9 @@ struct FewRowsTile {
   static constexpr int kLoads = kOutputs / 8;     // of 16 bytes, per lane and slice
   static constexpr int kProducts = kOutputs / 8;  // m16n8k16, per step
 
-  // The first element of a load; the other seven follow in k, or in the outputs.
+  // The output of a load's first element, whose k is lane % 4 * 8 of the slice, plus the number of the load where outputs are contiguous;
+  // the other seven follow in k, or in the outputs.
   static MOE_HD constexpr int load_output(int lane, int load) { return kIsKMajor ? lane / 4 + 8 * load : lane / 4 * 8; }
-  static MOE_HD constexpr int load_k(int lane, int load) { return lane % 4 * 8 + (kIsKMajor ? 0 : load); }
 
   // The output that a column of a product stands for.
   static MOE_HD constexpr int output(int product, int column) { return kIsKMajor ? 8 * product + column : 8 * column + product; }

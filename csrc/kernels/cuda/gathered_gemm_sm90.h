@@ -6,6 +6,7 @@
 #include "../params.h"
 #include "host_device.h"
 #include "mma_tile.h"
+#include "rules.h"
 
 namespace moe::cuda {
 
@@ -47,6 +48,11 @@ struct GatheredTile {
   static_assert(kProducts * N <= 256, "accumulators: at most 128 registers");
   static_assert(cluster == 1 || cluster == kParts, "each block of a cluster loads one part of b");
 };
+
+template <class Tile>
+constexpr bool matches(const KernelInfo& info) {
+  return info.tile_m == Tile::kM && info.tile_n == Tile::kN && info.tile_k == kDepth;
+}
 
 // Byte of 16-byte chunk `chunk` in row `row` of a tile whose rows are 128 bytes.
 MOE_HD constexpr uint32_t swizzled(int row, int chunk) { return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ (row & 7)) << 4)); }

@@ -2,8 +2,8 @@
 // offsets: the host never learns how many rows an expert has. D (m x n) = A (m x k) times B (k x n).
 #pragma once
 #include "../params.h"
+#include "cutlass_launch.h"
 #include "host_device.h"
-#include "sm90_launch.h"
 
 namespace moe::cuda {
 

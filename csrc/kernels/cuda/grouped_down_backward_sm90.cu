@@ -5,6 +5,7 @@
 #include "../activation.h"
 #include "gathered_gemm_sm90.cuh"
 #include "grouped_down_backward_sm90.h"
+#include "grouped_gemm.h"
 #include "mma_tile.cuh"
 #include "pointer_table.h"
 #include "store_rows_sm90.cuh"
@@ -350,16 +351,18 @@ Status launch_type(const GroupedDownBackwardParams& p, const Launch& launch) {
   return launched();
 }
 
-}  // namespace
-
-int64_t sm90_workspace_bytes(const GroupedDownBackwardParams& p) {
+int64_t workspace(const GroupedDownBackwardParams& p, int) {
   const MatrixView view = view_of(p);
   const GatedActivationBackwardParams& a = p.through;
   return pointer_table_bytes(a.grad_slot_weights ? a.down_bias.list : nullptr, a.E) + partials_bytes(a) + matrix_maps_bytes(&view, 1, a.E);
 }
 
-Status sm90_down_backward(const GroupedDownBackwardParams& p, const Launch& launch) {
+Status launch(const GroupedDownBackwardParams& p, const Launch& launch) {
   return p.through.dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(p, launch) : launch_type<__half>(p, launch);
 }
+
+}  // namespace
+
+const Kernel<GroupedDownBackwardParams> sm90_down_backward = {nullptr, workspace, launch};
 
 }  // namespace moe::cuda

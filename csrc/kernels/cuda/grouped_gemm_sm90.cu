@@ -1,10 +1,10 @@
 // What happens around a CUTLASS grouped GEMM on sm_90a: gathered rows of x are copied into place, the arrays of problems are filled on
 // the device, and what no problem writes is cleared: rows of dropped slots, gradients of experts without rows.
+#include "cutlass_launch.h"
 #include "element.cuh"
 #include "gemm_problems.h"
-#include "grouped_gemm_sm90.h"
+#include "grouped_gemm.h"
 #include "kernels.h"
-#include "sm90_launch.h"
 
 namespace moe::cuda {
 namespace {
@@ -82,15 +82,14 @@ Status multiply(const GemmOperands& o, const int32_t* expert_offsets, int64_t E,
   return kernel(arrays, launch.stream);
 }
 
-}  // namespace
-
-int64_t sm90_workspace_bytes(const GroupedMmParams& p) {
+int64_t mm_workspace(const GroupedMmParams& p, int) {
   return sm90_workspace(p.E, even_multiprocessors(), copied_bytes(p.x, p.S, p.K)).bytes;
 }
-int64_t sm90_workspace_bytes(const GroupedMmWgradParams& p) { return sm90_workspace(p.E, even_multiprocessors(), 0).bytes; }
+int64_t wgrad_workspace(const GroupedMmWgradParams& p, int) { return sm90_workspace(p.E, even_multiprocessors(), 0).bytes; }
 
-Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* workspace, const Launch& launch) {
-  char* base = static_cast<char*>(workspace);
+template <bool cooperative>
+Status launch_mm(const GroupedMmParams& p, const Launch& launch) {
+  char* base = static_cast<char*>(launch.workspace);
   const int sms = even_multiprocessors();
   const bool n_major = p.weight.stride_k != 1;
   const Sm90Workspace w = sm90_workspace(p.E, sms, copied_bytes(p.x, p.S, p.K));
@@ -106,12 +105,11 @@ Status sm90_grouped_mm(GemmKernel kernel, const GroupedMmParams& p, void* worksp
   clear_rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(static_cast<uint16_t*>(p.out), p.out_stride, p.N,
                                                                                        p.expert_offsets, p.S, p.E);
   const auto pick = p.dtype == DType::kBFloat16 ? sm90_grouped_mm_bf16 : sm90_grouped_mm_f16;
-  return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(kernel == GemmKernel::kSm90Cooperative, n_major), launch);
+  return multiply(o, p.expert_offsets, p.E, base, w, sms, pick(cooperative, n_major), launch);
 }
 
-// Of rows in place: GemmKernel::kSm90Gather has the others.
-Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {
-  char* base = static_cast<char*>(workspace);
+Status launch_wgrad(const GroupedMmWgradParams& p, const Launch& launch) {
+  char* base = static_cast<char*>(launch.workspace);
   const int sms = even_multiprocessors();
   const Sm90Workspace w = sm90_workspace(p.E, sms, 0);
   GemmOperands o;
@@ -127,5 +125,11 @@ Status sm90_wgrad(const GroupedMmWgradParams& p, void* workspace, const Launch& 
       p.out, p.M, p.N, p.expert_offsets);
   return multiply(o, p.expert_offsets, p.E, base, w, sms, sm90_wgrad(p.dtype), launch);
 }
+
+}  // namespace
+
+const Kernel<GroupedMmParams> sm90_grouped_mm_cooperative = {nullptr, mm_workspace, launch_mm<true>};
+const Kernel<GroupedMmParams> sm90_grouped_mm_pingpong = {nullptr, mm_workspace, launch_mm<false>};
+const Kernel<GroupedMmWgradParams> sm90_wgrad_cooperative = {nullptr, wgrad_workspace, launch_wgrad};
 
 }  // namespace moe::cuda

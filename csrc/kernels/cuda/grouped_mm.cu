@@ -2,9 +2,7 @@
 // the tensor-core kernels for every device from sm_80 are here. A block computes one tile of rows of one expert, found from the
 // offsets on the device (row_tiles.h); the rows of dropped slots are a group of their own and are written as zero.
 #include "grouped_gemm.h"
-#include "grouped_gemm_sm90.h"
 #include "grouped_mm_config.h"
-#include "grouped_mm_few_rows.h"
 #include "kernels.h"
 #include "mma_tile.cuh"
 #include "operands.cuh"
@@ -69,7 +67,7 @@ Status launch_mma(GemmKernel kernel, const GroupedMmParams& p, bool wide, const 
 
 GemmKernel chosen(const GroupedMmParams& p) {
   const int64_t element = element_size(p.dtype), weight_stride = p.weight.stride_k == 1 ? p.weight.stride_n : p.weight.stride_k;
-  GemmQuery query{p.dtype};
+  KernelQuery query{p.dtype};
   query.capability = compute_capability();
   query.rows = p.S;
   query.experts = p.E;
@@ -86,13 +84,27 @@ Status supports(const GroupedMmParams& p) {
   return p.weight.stride_n == 1 || p.weight.stride_k == 1 ? Status::kOk : Status::kUnsupportedLayout;
 }
 
-bool is_sm90(GemmKernel kernel) { return kernel == GemmKernel::kSm90Cooperative || kernel == GemmKernel::kSm90Pingpong; }
-
-int64_t lists_bytes(const GroupedMmParams& p) { return pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E); }
-
-int64_t workspace(const GroupedMmParams& p, int) {
-  return round_up(lists_bytes(p), 128) + (is_sm90(chosen(p)) ? sm90_workspace_bytes(p) : 0);
+// Null: a kernel of this file.
+const Kernel<GroupedMmParams>* kernel_elsewhere(GemmKernel kernel) {
+  switch (kernel) {
+    case GemmKernel::kSimt:
+      return &simt_grouped_mm;
+    case GemmKernel::kFewRows:
+      return &few_rows_grouped_mm;
+    case GemmKernel::kSm90Cooperative:
+      return &sm90_grouped_mm_cooperative;
+    case GemmKernel::kSm90Pingpong:
+      return &sm90_grouped_mm_pingpong;
+    default:
+      return nullptr;
+  }
 }
+
+int64_t lists_bytes(const GroupedMmParams& p) {
+  return round_up(pointer_table_bytes(p.weight.list, p.E) + pointer_table_bytes(p.bias.list, p.E), 128);
+}
+
+int64_t workspace(const GroupedMmParams& p, int) { return lists_bytes(p) + workspace_bytes(kernel_elsewhere(chosen(p)), p); }
 
 Status launch(const GroupedMmParams& host, const Launch& launch) {
   if (host.S == 0 || host.N == 0) return Status::kOk;
@@ -101,9 +113,7 @@ Status launch(const GroupedMmParams& host, const Launch& launch) {
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.weight, p.E, place, launch); s != Status::kOk) return s;
   if (const Status s = move_to_device(p.bias, p.E, place, launch); s != Status::kOk) return s;
-  if (is_sm90(kernel)) return sm90_grouped_mm(kernel, p, static_cast<char*>(launch.workspace) + round_up(lists_bytes(host), 128), launch);
-  if (kernel == GemmKernel::kSimt) return simt_grouped_mm(p, launch);
-  if (kernel == GemmKernel::kFewRows) return few_rows_grouped_mm(p, launch);
+  if (const auto* elsewhere = kernel_elsewhere(kernel)) return elsewhere->launch(p, after(launch, lists_bytes(host)));
   const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
   return launch_dtype(kernel, p, has_wide_results(host), launch);
 }

@@ -1,4 +1,4 @@
-// The grouped GEMMs of sm_100a for bfloat16: CUTLASS' ptr-array kernel on tcgen05, arrays as in sm90_launch.h. Built only when 10.0a
+// The grouped GEMMs of sm_100a for bfloat16: CUTLASS' ptr-array kernel on tcgen05, arrays as in cutlass_launch.h. Built only when 10.0a
 // is among the architectures asked for. It compiles and has never run on a device, so no line of grouped_mm_config.h chooses it:
 // devices of capability 10.x run the mma.sync kernels.
 #include <cutlass/cutlass.h>
@@ -9,7 +9,7 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include "sm90_launch.h"
+#include "cutlass_launch.h"
 
 namespace moe::cuda {
 namespace {

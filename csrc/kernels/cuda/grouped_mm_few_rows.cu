@@ -4,7 +4,7 @@
 // share the outputs and divide k; their sums are added in a fixed order, which no other row of the batch has a part in.
 #include "../activation.h"
 #include "few_rows_tile.h"
-#include "grouped_mm_few_rows.h"
+#include "grouped_gemm.h"
 #include "mma_tile.cuh"
 #include "operands.cuh"
 #include "row_tiles.h"
@@ -332,16 +332,19 @@ Status launch_dtype(const Params& p, int64_t output_tiles, const Launch& launch)
                                      : launch_blocks<__half, major>(p, output_tiles, launch);
 }
 
-}  // namespace
-
-Status few_rows_grouped_mm(const GroupedMmParams& p, const Launch& launch) {
+Status launch_mm(const GroupedMmParams& p, const Launch& launch) {
   return p.weight.stride_k == 1 ? launch_dtype<Major::kK>(p, divide_up(p.N, FewRowsTile<Major::kK>::kOutputs), launch)
                                 : launch_dtype<Major::kMN>(p, divide_up(p.N, FewRowsTile<Major::kMN>::kOutputs), launch);
 }
 
-Status few_rows_grouped_up(const GroupedUpParams& p, const Launch& launch) {
+Status launch_up(const GroupedUpParams& p, const Launch& launch) {
   return p.gate_proj.stride_k == 1 ? launch_dtype<Major::kK>(p, divide_up(p.I, FewRowsTile<Major::kK>::kHalf), launch)
                                    : launch_dtype<Major::kMN>(p, divide_up(p.I, FewRowsTile<Major::kMN>::kHalf), launch);
 }
+
+}  // namespace
+
+const Kernel<GroupedMmParams> few_rows_grouped_mm = {nullptr, nullptr, launch_mm};
+const Kernel<GroupedUpParams> few_rows_grouped_up = {nullptr, nullptr, launch_up};
 
 }  // namespace moe::cuda

@@ -134,14 +134,14 @@ Status run(const GroupedMmWgradParams& p, const Launch& launch) {
   return launch_grid(wgrad_kernel<T>, {p.E * tiles_m * tiles_n}, launch, p, tiles_m, tiles_n);
 }
 
+template <class Params>
+Status run_dtype(const Params& p, const Launch& launch) {
+  return p.dtype == DType::kFloat64 ? run<double>(p, launch) : run<float>(p, launch);
+}
+
 }  // namespace
 
-Status simt_grouped_mm(const GroupedMmParams& p, const Launch& launch) {
-  return p.dtype == DType::kFloat64 ? run<double>(p, launch) : run<float>(p, launch);
-}
-
-Status simt_wgrad(const GroupedMmWgradParams& p, const Launch& launch) {
-  return p.dtype == DType::kFloat64 ? run<double>(p, launch) : run<float>(p, launch);
-}
+const Kernel<GroupedMmParams> simt_grouped_mm = {nullptr, nullptr, run_dtype<GroupedMmParams>};
+const Kernel<GroupedMmWgradParams> simt_wgrad = {nullptr, nullptr, run_dtype<GroupedMmWgradParams>};
 
 }  // namespace moe::cuda

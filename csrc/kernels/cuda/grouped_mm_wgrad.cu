@@ -2,7 +2,6 @@
 // tensor-core kernel for every device from sm_80 is here. A block computes one tile of one expert's matrix over all of its rows
 // in their order: no atomics, and an expert without rows is an empty sum, exactly zero.
 #include "grouped_gemm.h"
-#include "grouped_gemm_sm90.h"
 #include "grouped_mm_config.h"
 #include "kernels.h"
 #include "mma_tile.cuh"
@@ -42,7 +41,7 @@ Status launch_mma(GemmKernel kernel, const GroupedMmWgradParams& p, bool wide, c
 
 GemmKernel chosen(const GroupedMmWgradParams& p) {
   const int64_t element = element_size(p.dtype);
-  GemmQuery query{p.dtype};
+  KernelQuery query{p.dtype};
   query.capability = compute_capability();
   query.rows = p.S;
   query.experts = p.E;
@@ -54,13 +53,23 @@ GemmKernel chosen(const GroupedMmWgradParams& p) {
   return choose(kWgradRules, query).kernel;
 }
 
-int64_t list_bytes(const GroupedMmWgradParams& p) { return round_up(pointer_table_bytes(p.out.list, p.E), 128); }
-
-int64_t workspace(const GroupedMmWgradParams& p, int) {
-  const GemmKernel kernel = chosen(p);
-  const bool sm90 = kernel == GemmKernel::kSm90Cooperative, gather = kernel == GemmKernel::kSm90Gather;
-  return list_bytes(p) + (sm90 ? sm90_workspace_bytes(p) : gather ? sm90_wgrad_gather_bytes(p) : 0);
+// Null: a kernel of this file.
+const Kernel<GroupedMmWgradParams>* kernel_elsewhere(GemmKernel kernel) {
+  switch (kernel) {
+    case GemmKernel::kSimt:
+      return &simt_wgrad;
+    case GemmKernel::kSm90Cooperative:
+      return &sm90_wgrad_cooperative;
+    case GemmKernel::kSm90Gather:
+      return &sm90_wgrad_gather;
+    default:
+      return nullptr;
+  }
 }
+
+int64_t lists_bytes(const GroupedMmWgradParams& p) { return round_up(pointer_table_bytes(p.out.list, p.E), 128); }
+
+int64_t workspace(const GroupedMmWgradParams& p, int) { return lists_bytes(p) + workspace_bytes(kernel_elsewhere(chosen(p)), p); }
 
 Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
   if (host.E == 0 || host.M == 0 || host.N == 0) return Status::kOk;
@@ -68,10 +77,7 @@ Status launch(const GroupedMmWgradParams& host, const Launch& launch) {
   GroupedMmWgradParams p = host;
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.out, p.E, place, launch); s != Status::kOk) return s;
-  place = static_cast<char*>(launch.workspace) + list_bytes(host);
-  if (kernel == GemmKernel::kSm90Cooperative) return sm90_wgrad(p, place, launch);
-  if (kernel == GemmKernel::kSm90Gather) return sm90_wgrad_gather(p, place, launch);
-  if (kernel == GemmKernel::kSimt) return simt_wgrad(p, launch);
+  if (const auto* elsewhere = kernel_elsewhere(kernel)) return elsewhere->launch(p, after(launch, lists_bytes(host)));
   const auto launch_dtype = p.dtype == DType::kBFloat16 ? launch_mma<__nv_bfloat16> : launch_mma<__half>;
   return launch_dtype(kernel, p, has_wide_results(host), launch);
 }

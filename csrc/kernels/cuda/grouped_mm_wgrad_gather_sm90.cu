@@ -2,7 +2,7 @@
 // MN-major, results rounded once and written by 16-byte stores. A block computes a tile of one expert's matrix over all of its rows in
 // their order. Rows beyond the expert are zeros in both operands, never products with zero; no rows at all: zeros are written.
 #include "gathered_gemm_sm90.cuh"
-#include "grouped_gemm_sm90.h"
+#include "grouped_gemm.h"
 #include "grouped_mm_wgrad_gather_sm90.h"
 #include "store_rows_sm90.cuh"
 
@@ -191,18 +191,20 @@ Status launch_type(const GroupedMmWgradParams& p, const int32_t* order, int64_t 
   return launch_blocks<WgradTile, WgradEpilogue<T>>(wgrad_gather_kernel<T>, k, tiles, launch);
 }
 
-}  // namespace
+int64_t workspace(const GroupedMmWgradParams& p, int) { return p.E * 4; }
 
-int64_t sm90_wgrad_gather_bytes(const GroupedMmWgradParams& p) { return p.E * 4; }
-
-Status sm90_wgrad_gather(const GroupedMmWgradParams& p, void* workspace, const Launch& launch) {
+Status launch(const GroupedMmWgradParams& p, const Launch& launch) {
   const int64_t tiles = divide_up(p.M, WgradTile::kM) * divide_up(p.N, WgradTile::kN) * p.E;
   if (tiles > INT32_MAX / 2 || greatest(p.a.stride, p.b.stride) > INT32_MAX) return Status::kUnsupportedLayout;
-  int32_t* order = static_cast<int32_t*>(workspace);
+  int32_t* order = static_cast<int32_t*>(launch.workspace);
   order_kernel<<<static_cast<unsigned>(divide_up(p.E, kWarpgroup)), kWarpgroup, 0, static_cast<cudaStream_t>(launch.stream)>>>(
       p.expert_offsets, static_cast<int>(p.E), order);
   if (launched() != Status::kOk) return Status::kLaunchFailed;
   return p.dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(p, order, tiles, launch) : launch_type<__half>(p, order, tiles, launch);
 }
+
+}  // namespace
+
+const Kernel<GroupedMmWgradParams> sm90_wgrad_gather = {nullptr, workspace, launch};
 
 }  // namespace moe::cuda

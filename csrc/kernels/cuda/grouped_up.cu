@@ -1,9 +1,8 @@
 // grouped_up: out[r] = act(x[r] @ gate_proj[e]^T + gate_bias[e]) * (x[r] @ up_proj[e]^T + up_bias[e]), rows gathered. Chooses the
 // kernel by the table in grouped_up_config.h; where that has none, the ops run grouped_mm and gated_activation instead.
 #include "element.cuh"
-#include "grouped_mm_few_rows.h"
+#include "grouped_gemm.h"
 #include "grouped_up_config.h"
-#include "grouped_up_sm90.h"
 #include "kernels.h"
 #include "operands.cuh"
 #include "pointer_table.h"
@@ -28,7 +27,7 @@ bool is_readable(const GroupedUpParams& p) {
 }
 
 UpKernel chosen(const GroupedUpParams& p) {
-  GemmQuery query{p.dtype};
+  KernelQuery query{p.dtype};
   query.capability = compute_capability();
   query.rows = p.S;
   query.experts = p.E;
@@ -36,34 +35,35 @@ UpKernel chosen(const GroupedUpParams& p) {
   query.K = p.H;
   query.aligned = is_readable(p);
   query.n_major = p.gate_proj.stride_k != 1;
-#if defined(MOE_CUDA_SM90)
-  query.tensor_maps = grouped_up_sm90.supports(p) == Status::kOk;
-#endif
+  query.gated = p.activation.gated;
+  query.tensor_maps = sm90_up_pingpong.supports && sm90_up_pingpong.supports(p) == Status::kOk;  // the other tile reads the same
   return choose(kGroupedUpRules, query).kernel;
 }
 
-Status supports(const GroupedUpParams& p) { return chosen(p) == UpKernel::kNone ? Status::kUnsupportedLayout : Status::kOk; }
+// Null: the kernel for few rows, or none.
+const Kernel<GroupedUpParams>* sm90_kernel(UpKernel kernel) {
+  if (kernel == UpKernel::kSm90Cooperative) return &sm90_up_cooperative;
+  return kernel == UpKernel::kSm90Pingpong ? &sm90_up_pingpong : nullptr;
+}
 
-int64_t workspace(const GroupedUpParams& p, [[maybe_unused]] int num_threads) {
-#if defined(MOE_CUDA_SM90)
-  if (chosen(p) == UpKernel::kSm90) return grouped_up_sm90.workspace(p, num_threads);
-#endif
+Status supports(const GroupedUpParams& p) { return chosen(p) == UpKernel::kSteps ? Status::kUnsupportedLayout : Status::kOk; }
+
+int64_t workspace(const GroupedUpParams& p, int) {
+  if (const auto* sm90 = sm90_kernel(chosen(p))) return workspace_bytes(sm90, p);
   return pointer_table_bytes(p.gate_proj.list, p.E) + pointer_table_bytes(p.up_proj.list, p.E) +
          pointer_table_bytes(p.gate_bias.list, p.E) + pointer_table_bytes(p.up_bias.list, p.E);
 }
 
 Status launch(const GroupedUpParams& host, const Launch& launch) {
   if (host.S == 0 || host.I == 0) return Status::kOk;
-#if defined(MOE_CUDA_SM90)
-  if (chosen(host) == UpKernel::kSm90) return grouped_up_sm90.launch(host, launch);
-#endif
+  if (const auto* sm90 = sm90_kernel(chosen(host))) return sm90->launch(host, launch);
   GroupedUpParams p = host;
   char* place = static_cast<char*>(launch.workspace);
   if (const Status s = move_to_device(p.gate_proj, p.E, place, launch); s != Status::kOk) return s;
   if (const Status s = move_to_device(p.up_proj, p.E, place, launch); s != Status::kOk) return s;
   if (const Status s = move_to_device(p.gate_bias, p.E, place, launch); s != Status::kOk) return s;
   if (const Status s = move_to_device(p.up_bias, p.E, place, launch); s != Status::kOk) return s;
-  return few_rows_grouped_up(p, launch);
+  return few_rows_grouped_up.launch(p, launch);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // pre-activation to dtype, as grouped_mm does, writes it when it is wanted, applies the activation and writes the output.
 #include "../activation.h"
 #include "gathered_gemm_sm90.cuh"
+#include "grouped_gemm.h"
 #include "grouped_up_sm90.h"
 #include "pointer_table.h"
 #include "store_rows_sm90.cuh"
@@ -156,7 +157,9 @@ Status launch_tile(const GroupedUpParams& p, const UpOperands& operands, char* p
 }
 
 template <class T, class Tile>
-Status launch_layout(const GroupedUpParams& p, const UpOperands& o, char* place, const Launch& launch) {
+Status launch_layout(const GroupedUpParams& p, const Launch& launch) {
+  const UpOperands o = up_operands(p);
+  char* place = static_cast<char*>(launch.workspace);
   const bool k_major = o.part[0].major == Major::kK;
   if (o.pairing == Pairing::kHalves) {
     return k_major ? launch_tile<T, Tile, Major::kK, Pairing::kHalves>(p, o, place, launch)
@@ -164,14 +167,6 @@ Status launch_layout(const GroupedUpParams& p, const UpOperands& o, char* place,
   }
   return k_major ? launch_tile<T, Tile, Major::kK, Pairing::kAdjacent>(p, o, place, launch)
                  : launch_tile<T, Tile, Major::kMN, Pairing::kAdjacent>(p, o, place, launch);
-}
-
-template <class T>
-Status launch_type(const GroupedUpParams& p, const Launch& launch) {
-  const UpOperands operands = up_operands(p);
-  char* place = static_cast<char*>(launch.workspace);
-  return up_is_cooperative(p.S, p.E) ? launch_layout<T, UpCooperative>(p, operands, place, launch)
-                                     : launch_layout<T, UpPingpong>(p, operands, place, launch);
 }
 
 Status supports(const GroupedUpParams& p) {
@@ -188,12 +183,14 @@ int64_t workspace(const GroupedUpParams& p, int) {
   return matrix_maps_bytes(o.part, 2, p.E) + pointer_table_bytes(p.gate_bias.list, p.E) + pointer_table_bytes(p.up_bias.list, p.E);
 }
 
+template <class Tile>
 Status launch(const GroupedUpParams& p, const Launch& launch) {
-  return p.dtype == DType::kBFloat16 ? launch_type<__nv_bfloat16>(p, launch) : launch_type<__half>(p, launch);
+  return p.dtype == DType::kBFloat16 ? launch_layout<__nv_bfloat16, Tile>(p, launch) : launch_layout<__half, Tile>(p, launch);
 }
 
 }  // namespace
 
-const Kernel<GroupedUpParams> grouped_up_sm90 = {supports, workspace, launch};
+const Kernel<GroupedUpParams> sm90_up_cooperative = {supports, workspace, launch<UpCooperative>};
+const Kernel<GroupedUpParams> sm90_up_pingpong = {supports, workspace, launch<UpPingpong>};
 
 }  // namespace moe::cuda

@@ -2,8 +2,8 @@
 // A tile has 256 columns, those of 128 outputs. Halves: 128 columns of gate, then the 128 of up. Adjacent: gate and up of an output
 // side by side, as in weights and pre-activations that are interleaved. Either way one thread holds gate and up of an output.
 #pragma once
-#include "../kernel_table.h"
 #include "gathered_gemm_sm90.h"
+#include "grouped_up_config.h"
 
 namespace moe::cuda {
 
@@ -12,6 +12,7 @@ constexpr int kUpColumns = 2 * kUpOutputs;
 
 using UpCooperative = GatheredTile<128, kUpColumns, false, 2, 4>;
 using UpPingpong = GatheredTile<64, kUpColumns, true, 1, 4>;
+static_assert(matches<UpCooperative>(info(UpKernel::kSm90Cooperative)) && matches<UpPingpong>(info(UpKernel::kSm90Pingpong)));
 
 enum class Pairing { kHalves, kAdjacent };
 
@@ -62,10 +63,5 @@ MOE_HD constexpr int output_of_pair(int lane, int i) {
 // 2i + 1 in one word, low half first, and takes from each of two lanes of its quad, in order, one half of theirs.
 MOE_HD constexpr int exchange_source(int lane, int which) { return lane / 4 * 4 + 2 * (lane % 2) + which; }
 MOE_HD constexpr bool exchange_high(int lane) { return lane % 4 >= 2; }
-
-// 256 rows per expert fill both blocks of a cluster, which then share the weights' tile. With fewer, tiles of 64 rows waste least.
-constexpr bool up_is_cooperative(int64_t S, int64_t E) { return S >= 256 * E; }
-
-extern const Kernel<GroupedUpParams> grouped_up_sm90;  // many rows; grouped_up.cu looks at their number
 
 }  // namespace moe::cuda

@@ -23,4 +23,10 @@ Status move_to_device(Table& table, int64_t E, char*& place, const Launch& launc
   return status;
 }
 
+// The launch of a kernel whose workspace begins that much further on.
+inline Launch after(Launch launch, int64_t bytes) {
+  launch.workspace = static_cast<char*>(launch.workspace) + bytes;
+  return launch;
+}
+
 }  // namespace moe::cuda
