@@ -1,14 +1,17 @@
 """The expert layers that are measured, and their inputs. H hidden size, I intermediate size, E experts, K experts per token.
 
 Sizes are those of published models; every layer is measured as gated silu without biases, whatever the model adds to it.
+The sizes are known without torch: benchmarks.gpu.run names them before anything is built.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def routing(shape: Shape, tokens: int, kind: str = "uniform", draw: int = 0) -> 
 
     uniform: every expert equally likely; zipf: expert e with weight 1/(e+1); one: all tokens to the same K experts.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(tokens + (draw << 32))
     likelihood = torch.ones(shape.E)
     if kind == "zipf":

@@ -5,7 +5,7 @@
     print(report)
 
 Write your own model with `GroupedExperts`, or call `grouped_experts`. Importing this loads the compiled libraries; it imports no
-model library and initialises no GPU.
+model library and initialises no GPU. In a process that has imported it, transformers knows `experts_implementation="moe_ext"`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ try:
     from ._enable import disable, enable, explain, patched, register
     from .experts import ExpertSpec, ExpertWeights, ListedWeights, StackedWeights
     from .functional import grouped_experts
+    from .integrations.run.decorated import register_when_loaded as _register_when_loaded
     from .modules import GroupedExperts
     from .report import EnableError, EnableReport, NoExpertsFound
+
+    _register_when_loaded()
 except (ImportError, OSError, RuntimeError) as error:
     # Said now, raised again by every public name: the package itself stays importable, so that `moe-ext doctor` can say more.
     _load_failure = error

@@ -26,8 +26,9 @@ _ONE_AT_A_TIME = threading.RLock()
 def register() -> None:
     """Adds moe_ext to the experts implementations of transformers.
 
+    `import moe_ext` does this by itself, as soon as transformers is loaded. Call it to see the error where it cannot be done.
     `from_pretrained(..., experts_implementation="moe_ext")` and `set_experts_implementation("moe_ext")` work afterwards. Experts that are
-    only given the name are detected at their first forward and are not proven. `enable` registers by itself.
+    only given the name are detected at their first forward and are not proven.
 
     Raises:
         ImportError: If transformers is older than 5.

@@ -100,7 +100,34 @@ class GroupedExperts(nn.Module):
         Raises:
             RuntimeError: If the tensors do not fit.
         """
-        return grouped_experts(hidden_states, top_k_index, top_k_weights, self.weights(), self.spec)
+        if torch.jit.is_scripting():
+            return self._scripted(hidden_states, top_k_index, top_k_weights)
+        else:  # TorchScript compiles what follows a return, but no branch that it does not take
+            return grouped_experts(hidden_states, top_k_index, top_k_weights, self.weights(), self.spec)
+
+    def __prepare_scriptable__(self) -> GroupedExperts:
+        """`torch.jit.script` calls this first. It knows no ExpertSpec, so its values are written down in types that it knows."""
+        s = self.spec
+        if not s.fusable:
+            raise ValueError("torch.jit.script cannot compile a gate_fn or a post_norm; without them, GroupedExperts is one op")
+        self._script_options = (s.activation, s.gated, s.transposed, s.interleaved, s.alpha, s.limit, s.recompute)
+        return self
+
+    def _scripted(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hasattr(self, "gate_up_proj"):
+            up_proj, up_bias = self.gate_up_proj, self.gate_up_proj_bias
+        else:
+            up_proj, up_bias = self.up_proj, self.up_proj_bias
+        activation, gated, transposed, interleaved, alpha, limit, recompute = self._script_options
+        out = torch.ops.moe.grouped_forward(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            top_k_index.reshape(-1, top_k_index.shape[-1]),
+            top_k_weights.reshape(-1, top_k_weights.shape[-1]),
+            up_proj, self.down_proj, up_bias, self.down_proj_bias,
+            activation=activation, gated=gated, transposed=transposed, interleaved=interleaved, alpha=alpha, limit=limit,
+            recompute=recompute,
+        )  # fmt: skip
+        return out.reshape(hidden_states.shape)
 
     def extra_repr(self) -> str:
         s = self.spec

@@ -10,7 +10,9 @@ RuntimeError for tensors that do not fit, before anything is computed; the messa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -27,10 +29,23 @@ def _load() -> None:
     if hasattr(torch.ops.moe, "grouped_forward"):
         return
     if not CPU_LIBRARY.exists():
-        raise ImportError(f"{CPU_LIBRARY.name} is missing beside moe_ext/ops.py; build it with: pip install --no-build-isolation -e .")
+        raise ImportError(_missing())
     torch.ops.load_library(str(CPU_LIBRARY))
     if CUDA_LIBRARY.exists():
         torch.ops.load_library(str(CUDA_LIBRARY))
+
+
+def _missing() -> str:
+    """Why the library is not there, and what to do. Python finds a source folder that it was started in before what is installed."""
+    root, build = _HERE.parent, "pip install --no-build-isolation -e ."
+    if not (root / "csrc").is_dir():
+        return f"{CPU_LIBRARY.name} is missing beside moe_ext/ops.py; build it with: {build}"
+    other = PathFinder.find_spec("moe_ext", [path for path in sys.path if Path(path).resolve() != root.resolve()])
+    folders = [] if other is None else [Path(folder) for folder in other.submodule_search_locations or ()]
+    installed = next((folder for folder in folders if (folder / CPU_LIBRARY.name).exists()), None)
+    here = f"{CPU_LIBRARY.name} is missing beside moe_ext/ops.py: moe_ext was imported from its source folder {root}, which is not built"
+    use = "" if installed is None else f"start Python in another folder to use the one installed in {installed.parent}, or "
+    return f"{here}; {use}build here with: {build}"
 
 
 _load()

@@ -18,6 +18,15 @@ FLOPS_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12  # H200: bf16 product of ran
 OURS, CUBLAS = "moe_ext", "cuBLAS, same FLOPs"
 GROUPED_MM, TRANSFORMERS, COMPILED = "torch grouped_mm alone", "transformers grouped_mm", "transformers grouped_mm, compiled"
 LIGER, SCATTERMOE, SONICMOE = "Liger", "ScatterMoE", "SonicMoE"
+#: Words for --peers. Ours and the dense product always run: every other figure is read against them.
+PEER_NAMES = {"grouped_mm": GROUPED_MM, "transformers": TRANSFORMERS, "compiled": COMPILED, "liger": LIGER, "scattermoe": SCATTERMOE,
+              "sonicmoe": SONICMOE}  # fmt: skip
+DEFAULT_SHAPES = (
+    *("qwen3", "glm", "olmoe", "gpt_oss", "mixtral", "qwen3_next", "qwen3_large", "deepseek_v3_quarter"),
+    *("sonic_7b", "sonic_30b", "sonic_120b"),
+)
+#: In the order of what matters most, so that a short run has the most useful figures.
+DEFAULT_TOKENS = (16384, 1024, 4096, 64, 1, 32768, 8192, 256, 16)
 Record = dict[str, Any]
 
 

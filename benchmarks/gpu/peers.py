@@ -229,6 +229,3 @@ PEERS: dict[str, Callable[[Layer], Candidate]] = {
     OURS: ours, CUBLAS: cublas, GROUPED_MM: grouped_mm_alone, TRANSFORMERS: transformers_grouped_mm, COMPILED: transformers_compiled,
     LIGER: liger, SCATTERMOE: scattermoe, SONICMOE: sonicmoe,
 }  # fmt: skip
-#: Words for --peers. Ours and the dense product always run: every other figure is read against them.
-NAMES = {"grouped_mm": GROUPED_MM, "transformers": TRANSFORMERS, "compiled": COMPILED, "liger": LIGER, "scattermoe": SCATTERMOE,
-         "sonicmoe": SONICMOE}  # fmt: skip

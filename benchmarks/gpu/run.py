@@ -3,37 +3,28 @@
     python -m benchmarks.gpu.run [--only correctness speed profile] [--seconds 540] [--out FOLDER]
 
 Writes gpu-correctness.json, gpu-speed.json (.csv, .md) and gpu-profile.json (.md) after every case; runs of the same sources on the
-same machine add up. A phase that runs out of time names what it left out. Needs no network. `--device cpu` tries the program without
-a GPU: its files say so, and nothing accepts them as results. The exit status is 1 when a test failed or a result was wrong, 2
-when nothing could be run.
+same machine add up. A phase that runs out of time names what it left out. Needs no network. The op libraries are built first if they
+are not beside moe_ext's modules; the build counts as part of the time. `--device cpu` tries the program without a GPU: its files say
+so, and nothing accepts them as results. The exit status is 1 when a test failed or a result was wrong, 2 when nothing could be run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from benchmarks.gpu import cases, correctness, peers, profile, speed, tables
-from benchmarks.gpu.device import Device, device_named
-from benchmarks.gpu.results import Render, ResultFile
-from benchmarks.gpu.status import PHASES, RESULTS, failures
-from benchmarks.gpu.supervise import DONE, LOST, ROOT, Deadline, search_path, supervise
+# Nothing here may import moe_ext, which has no libraries yet in a bare checkout. `phases` does, after the build.
+from benchmarks.gpu.cases import DEFAULT_SHAPES, DEFAULT_TOKENS, MODES, PEER_NAMES
+from benchmarks.gpu.status import PHASES, RESULTS
+from benchmarks.gpu.supervise import ROOT, Deadline, start, stop
 from benchmarks.shapes import SHAPES
 
-SHARE = {"correctness": 0.35, "speed": 0.5, "profile": 0.15}  # of the time; what a phase does not need, the next ones have
-RENDERS: dict[str, dict[str, Render]] = {
-    "correctness": {},
-    "speed": {".csv": tables.as_csv, ".md": tables.as_markdown},
-    "profile": {".md": profile.as_markdown},
-}
-SILENCE = 240  # seconds: a peer that tunes itself compiles dozens of variants
+LIBRARIES = {"cpu": ("libmoe_cpu.so",), "cuda": ("libmoe_cpu.so", "libmoe_cuda.so")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,10 +32,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="phases to run")
     parser.add_argument("--seconds", type=float, default=540, help="for everything together")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the files go, and where earlier ones are added to")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(speed.DEFAULT_SHAPES), help="of the speed phase, in order")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(speed.DEFAULT_TOKENS), help="of the speed phase, in order")
-    parser.add_argument("--modes", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="of the speed phase")
-    parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=list(peers.NAMES), help="beside moe_ext and cuBLAS")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULT_SHAPES), help="of the speed phase, in order")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(DEFAULT_TOKENS), help="of the speed phase, in order")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the speed phase")
+    parser.add_argument("--peers", nargs="*", choices=PEER_NAMES, default=list(PEER_NAMES), help="beside moe_ext and cuBLAS")
     parser.add_argument("--bring", type=Path, help="a folder of packages that are not installed (pip install --target), for peers")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="of the correctness phase, as pytest takes them")
     parser.add_argument("--processes", type=int, default=4, help="of the correctness phase")
@@ -57,89 +48,48 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def jobs(options: argparse.Namespace) -> tuple[speed.Job, profile.Job]:
-    names = [cases.OURS, cases.CUBLAS, *(peers.NAMES[name] for name in options.peers)]
-    timed = speed.Job(options.shapes, options.tokens, options.modes, names)
-    if options.quick:
-        timed.samples, timed.sample_ms = 3, 0.01
-        return timed, profile.Job("tiny", (16,))
-    return timed, profile.Job()
+def missing_libraries(device: str, package: Path) -> list[str]:
+    return [name for name in LIBRARIES[device] if not (package / name).exists()]
 
 
-def build(deadline: Deadline) -> bool:
-    """Whether the library is there: it was brought along, or it is built."""
-    library = ROOT / "moe_ext" / "libmoe_cuda.so"
-    if not library.exists():
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+def build(device: str, deadline: Deadline, root: Path = ROOT) -> list[str]:
+    """Builds the op libraries unless they are there, built or brought along; what is missing after that."""
+    package = root / "moe_ext"
+    if missing := missing_libraries(device, package):
+        print(f"{' and '.join(missing)} not found in {package}: building", flush=True)
+        environ = os.environ if device == "cuda" else {"MOE_EXT_CUDA": "0", **os.environ}
+        # Everything that it prints is about errors, or about progress: nobody reads it as a result.
+        worker = start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root, env=environ, stdout=sys.stderr)
         try:
-            subprocess.run(command, cwd=ROOT, timeout=deadline.left)
+            worker.wait(timeout=max(0.0, deadline.left))
         except subprocess.TimeoutExpired:
             print("the build took longer than all of --seconds", file=sys.stderr)
-    return library.exists()
-
-
-def work(options: argparse.Namespace, device: Device) -> int:
-    """One phase in this process, after `run_phase` in another has begun its file."""
-    file = ResultFile(options.out, options.worker, device, RENDERS[options.worker])
-    file.resume()
-    deadline, (timed, profiled) = Deadline(options.seconds), jobs(options)
-    try:
-        if options.worker == "speed":
-            speed.run(timed, device, file, deadline)
-        else:
-            profile.run(profiled, device, file, deadline)
-    except speed.DeviceLost as error:
-        print(error, file=sys.stderr)
-        return LOST
-    return DONE
-
-
-def run_phase(phase: str, options: argparse.Namespace, arguments: list[str], device: Device, deadline: Deadline) -> ResultFile:
-    file = ResultFile(options.out, phase, device, RENDERS[phase])
-    if file.displaced:
-        print(file.displaced)
-    file.begin(arguments)
-    if phase == "correctness":
-        correctness.run(correctness.Tests(tuple(options.tests), options.processes), device, file, deadline)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            program = [sys.executable, "-m", "benchmarks.gpu.run", *arguments, "--worker", phase, "--seconds"]
-            lost = supervise(lambda seconds: [*program, f"{seconds:.0f}"], Path(folder), deadline, SILENCE, search_path(options.bring))
-        begun, file = file, ResultFile(options.out, phase, device, RENDERS[phase])  # what the workers have written
-        file.started = begun.started
-        for name, reason in lost.items():
-            file.leave_out(name, reason)
-    file.finish()
-    return file
+        finally:
+            stop(worker)  # with its compilers
+    return missing_libraries(device, package)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: nothing was run (--device cpu --quick tries the program)", file=sys.stderr)
-        return 2
+    whole = Deadline(options.seconds)
     if options.device == "cpu" and (not options.quick or options.out == RESULTS):
         print("--device cpu is a trial of the program: it needs --quick, and --out for a folder that holds no results", file=sys.stderr)
         return 2
-    device = device_named(options.device)
-    if options.worker:
-        return work(options, device)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are stopped on the way out
-    whole = Deadline(options.seconds)
-    if options.device == "cuda" and not build(whole):
-        print("moe_ext/libmoe_cuda.so is not there and could not be built: nothing was run", file=sys.stderr)
-        return 2
-    status, phases = 0, [phase for phase in PHASES if phase in options.only]
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for number, phase in enumerate(phases):
-        share = SHARE[phase] / sum(SHARE[other] for other in phases[number:])
-        file = run_phase(phase, options, given, device, Deadline(share * whole.left))
-        failed, left_out = failures(file.data), file.data["left_out"]
-        status |= bool(failed)
-        print(f"{phase}: {len(file.data['results'])} results, {len(failed)} failed, {len(left_out)} left out; {file.path}")
-        for key, message in failed.items():
-            print(f"  failed: {key}: {message.splitlines()[0] if message else ''}")
-    return status
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no CUDA device: nothing was run (--device cpu --quick tries the program)", file=sys.stderr)
+            return 2
+    if not options.worker:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
+        if missing := build(options.device, whole):
+            print(f"moe_ext/{' and moe_ext/'.join(missing)}: not there, and could not be built: nothing was run", file=sys.stderr)
+            return 2
+
+    from benchmarks.gpu import phases
+
+    return phases.run(options, sys.argv[1:] if arguments is None else arguments, whole)
 
 
 if __name__ == "__main__":

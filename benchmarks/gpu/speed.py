@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.cases import CUBLAS, GROUPED_MM, MODES, OURS, Case, Record
+from benchmarks.gpu.cases import CUBLAS, DEFAULT_SHAPES, DEFAULT_TOKENS, GROUPED_MM, MODES, OURS, Case, Record
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.goals import derive, judge_memory
 from benchmarks.gpu.peers import COMPILED, COMPILED_TOKENS, PEERS, Candidate, Inputs, Layer, LeftOut
@@ -28,12 +28,6 @@ from moe_ext import reference
 from moe_ext.experts import ExpertSpec, ExpertWeights
 from moe_ext.testing import compare, relative_error
 
-DEFAULT_SHAPES = (
-    *("qwen3", "glm", "olmoe", "gpt_oss", "mixtral", "qwen3_next", "qwen3_large", "deepseek_v3_quarter"),
-    *("sonic_7b", "sonic_30b", "sonic_120b"),
-)
-#: In the order of what matters most, so that a short run has the most useful figures.
-DEFAULT_TOKENS = (16384, 1024, 4096, 64, 1, 32768, 8192, 256, 16)
 GRAPH_TOKENS = 64  # up to here launches take a good part of the time, and a CUDA graph replays them in one
 CHECKED_TOKENS = 64  # of each result, against the formula in float64
 

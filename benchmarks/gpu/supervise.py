@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = "MOE_GPU_WORKER"  # the folder of the two files
 #: A worker's own exit codes: done, and "the device no longer answers; start me again".
 DONE, LOST = 0, 75
+#: Seconds beyond the deadline for a worker that stops by itself, and for one that is told to stop, twice.
+RESERVE, STOPPING = 10.0, 5.0
 
 
 def search_path(brought: Path | None = None) -> dict[str, str]:
@@ -97,7 +99,7 @@ def stop(worker: subprocess.Popen[Any]) -> None:
         if worker.poll() is None:
             os.killpg(worker.pid, sign)
             try:
-                worker.wait(timeout=5)
+                worker.wait(timeout=STOPPING)
             except subprocess.TimeoutExpired:
                 continue
 
@@ -108,7 +110,7 @@ def _watch(worker: subprocess.Popen[Any], begun: Path, deadline: Deadline, silen
         try:
             code = worker.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
-            if deadline.left < -10:  # it was told to stop by itself; this is the reserve
+            if deadline.left < -RESERVE:
                 return None
             if time.time() - begun.stat().st_mtime > silence:
                 return f"no answer in {silence:.0f} s"

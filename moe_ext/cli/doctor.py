@@ -40,7 +40,7 @@ def examine() -> Report:
     cuda, cuda_error = _describe(introspection, introspection_error or failure, "libmoe_cuda.so")
     gpus = _gpus()
     # A library that loads but cannot choose its kernels (MOE_EXT_CPU_ISA asks for what this processor lacks) fails at the first op.
-    problem = failure or (cpu_error if introspection else None)
+    problem = failure or (cpu_error if introspection and _file_of("libmoe_cpu.so") else None)
     build = (cpu or {}).get("build") or (introspection.build_info() if introspection else None)
     return {
         "usable": problem is None,
@@ -86,21 +86,35 @@ def _introspection() -> tuple[Any, str | None]:
 
 def _describe(introspection: Any, missing: str | None, library: str) -> tuple[Report | None, str | None]:
     """What a loaded op library says about itself, or None and why it says nothing."""
-    if not (HERE / library).exists():
-        return None, f"{library} is not built"
-    if introspection is None or missing:
-        return None, missing
+    path = _file_of(library)
+    if introspection is None or missing or path is None:
+        return None, (missing if path else None) or _library(library, missing)["why_not"]
     try:
-        return introspection.describe(str(HERE / library)), None
+        return introspection.describe(str(path)), None
     except RuntimeError as error:
         return None, str(error).strip()
 
 
+def _file_of(library: str) -> Path | None:
+    """The file that the process has loaded, which a host may have done by itself; where that is not known, ours if it is there."""
+    own, maps = HERE / library, Path("/proc/self/maps")
+    if not maps.exists():
+        return own if own.exists() else None
+    paths = (line.split(maxsplit=5)[5] for line in maps.read_text(encoding="utf-8", errors="replace").splitlines() if line.endswith(".so"))
+    loaded = list(dict.fromkeys(Path(path) for path in paths if Path(path).name == library))
+    if loaded:
+        return own if own in loaded else loaded[0]
+    registered = hasattr(torch.ops.moe, "grouped_forward")  # by a file of another name
+    return own if own.exists() and not registered else None
+
+
 def _library(name: str, failure: str | None) -> Report:
-    path = HERE / name
-    if not path.exists():
-        return {"path": None, "loaded": False, "why_not": "not built"}
-    return {"path": str(path), "loaded": failure is None, "why_not": failure}
+    path = _file_of(name)
+    if path is not None:
+        return {"path": str(path), "loaded": failure is None, "why_not": failure}
+    if (HERE / name).exists() or (name == "libmoe_cpu.so" and failure is None):
+        return {"path": None, "loaded": False, "why_not": "not loaded: the ops came from another library before moe_ext was imported"}
+    return {"path": None, "loaded": False, "why_not": "not built"}
 
 
 def _versions(build: Report | None) -> Report:

@@ -1,12 +1,14 @@
 """Facts about installed versions of transformers, each with the condition under which it can be deleted.
 
 Importing this imports no transformers. A model that uses transformers has imported it already, so what is not in `sys.modules`
-need not be known; only `register` imports it, because the user asked for it by name.
+need not be known; only `register` imports it, because the user asked for it by name, or because it was just imported.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,12 @@ LATER_FLAGS = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm"
 LOCKED_IMPLEMENTATIONS = ("deepgemm_megamoe",)
 
 
+#: The module of the registry of experts implementations, and that of the models, which check the name of one. Delete when transformers
+#: finds implementations through entry points.
+REGISTRY_MODULE = "transformers.integrations.moe"
+MODELS_MODULE = "transformers.modeling_utils"
+
+
 def experts_registry() -> Any:
     """transformers' `ALL_EXPERTS_FUNCTIONS`; raises ImportError with the way out where there is none."""
     try:
@@ -35,6 +43,29 @@ def experts_registry() -> Any:
             "with an older one, call moe_ext.enable(model) after loading"
         ) from error
     return ALL_EXPERTS_FUNCTIONS
+
+
+def accept_implementation(name: str) -> None:
+    """Makes models accept `name` as an experts implementation; may be called any number of times.
+
+    Releases from 5.7 on look into the registry. Earlier ones compare with a list in the code of the check, so the check is wrapped there.
+    Delete when 5.7 is the oldest supported release.
+    """
+    model_class = getattr(sys.modules.get(MODELS_MODULE), "PreTrainedModel", None)
+    check = getattr(model_class, "get_correct_experts_implementation", None)
+    if check is None or getattr(check, _ACCEPTS, None) == name or _GLOBAL_REGISTRY in check.__code__.co_names:
+        return
+
+    @functools.wraps(check)
+    def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
+        return name if requested_experts == name else check(self, requested_experts)  # type: ignore[no-any-return]
+
+    setattr(get_correct_experts_implementation, _ACCEPTS, name)
+    model_class.get_correct_experts_implementation = get_correct_experts_implementation  # type: ignore[union-attr]
+
+
+#: The attribute of a wrapped check that holds the name it accepts besides.
+_ACCEPTS = "_moe_ext_accepts"
 
 
 def is_decorated(module: nn.Module) -> bool:

@@ -2,8 +2,9 @@
 `python -m tests.integrations.release_smoke_cases RESULT.json`.
 
 Each is built tiny, enabled strictly, judged by the error rule (output and all gradients against the unpatched model and float64),
-disabled, and run again bit for bit. `tools/release_smoke.py` runs this under one release after another. An architecture that a
-release does not have is "not there".
+disabled, and run again bit for bit. Before all that, one is loaded by name: `experts_implementation="moe_ext"` after `import moe_ext`
+and no more. `tools/release_smoke.py` runs this under one release after another. An architecture that a release does not have is
+"not there".
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import importlib
 import inspect
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "zero experts": ("longcat_flash",),
     "fc1 and fc2": ("aria_text",),
 }
+BY_NAME = "by name, after the import alone"
 MAJOR = int(transformers.__version__.partition(".")[0])
 
 
@@ -99,7 +103,19 @@ def check(entry: Architecture) -> str:
     return " and ".join(sorted({block.path for block in report.blocks}))
 
 
-def outcome(names: tuple[str, ...]) -> dict[str, str]:
+def by_name(entry: Architecture) -> str:
+    """The path of experts that were only given the name: `enable` and `register` have not been called in this process."""
+    model = measure.build(entry, torch.float32, training=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        named = type(model).from_pretrained(folder, experts_implementation="moe_ext").eval()
+    calls = measure.Calls()
+    measure.run(entry, named, calls)
+    assert calls.count["_grouped_forward_train"] == entry.blocks, calls.count
+    return "fused"
+
+
+def outcome(names: tuple[str, ...], check: Callable[[Architecture], str] = check) -> dict[str, str]:
     """Of the first architecture that is there: its name, and the path taken or the reason of a failure."""
     entry = next((a for a in map(architecture, names) if a is not None), None)
     if entry is None:
@@ -117,7 +133,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if MAJOR >= 5:
         importlib.import_module("tests.integrations.architectures.v5").small = _small
-    results = {layout: outcome(names) for layout, names in LAYOUTS.items()}
+    named = {"path": "not there"} if MAJOR < 5 else outcome(LAYOUTS["[E,2I,H]"], by_name)
+    results = {BY_NAME: named} | {layout: outcome(names) for layout, names in LAYOUTS.items()}
     Path(sys.argv[1]).write_text(json.dumps({"transformers": transformers.__version__, "layouts": results}))
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import moe_ext
 from moe_ext import testing
+from moe_ext.experts import ExpertSpec
 from tests.ops.moe_layer import LAYERS, E, ListLayer, StackedLayer, plain, tokens
 
 pytestmark = [
@@ -140,3 +143,49 @@ def test_torchscript_still_trains(tmp_path: Path) -> None:
     eager = dict(layer.named_parameters())
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter.grad, eager[name].grad), name
+
+
+# ---- the module for own models
+class OwnModel(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.experts = moe_ext.GroupedExperts(4, 16, 8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x).softmax(-1).topk(2, dim=-1)
+        return self.experts(x, index, weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "recompute": True},
+        {"gated": False, "activation": "relu2"},
+        {"gated": False, "bias": True, "transposed": True},
+        {"activation": "swigluoai", "alpha": 1.702, "limit": 7.0, "interleaved": True, "transposed": True, "bias": True},
+    ],
+    ids=lambda options: " ".join(options) or "defaults",
+)
+def test_T144_grouped_experts_can_be_scripted(options: dict[str, Any], tmp_path: Path) -> None:
+    model, x = OwnModel(**options), torch.randn(2, 5, 16)
+    torch.jit.script(model).save(str(tmp_path / "model.pt"))
+    loaded = torch.jit.load(str(tmp_path / "model.pt"))
+    assert "moe::grouped_forward" in str(loaded.inlined_graph)
+    y = model(x)
+    assert torch.equal(loaded(x), y) and torch.equal(torch.jit.freeze(loaded.eval())(x), y)
+    assert type(model.experts) is moe_ext.GroupedExperts, "scripting leaves the model as it is"
+    expected = torch.autograd.grad(y.sum(), list(model.parameters()))
+    for gradient, found in zip(expected, torch.autograd.grad(loaded(x).sum(), list(loaded.parameters())), strict=True):
+        assert torch.equal(gradient, found)
+
+
+def test_T144_scripting_follows_the_spec_and_refuses_what_it_cannot_compile() -> None:
+    model, x = OwnModel(), torch.randn(5, 16)
+    torch.jit.script(model)
+    model.experts.spec = ExpertSpec("gelu")
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+    model.experts.spec = ExpertSpec(gate_fn=lambda rows: rows[..., :8])
+    with pytest.raises(ValueError, match="cannot compile a gate_fn"):
+        torch.jit.script(model)

@@ -241,6 +241,40 @@ def test_doctor_tells_what_the_cpu_library_lacks(tmp_path: Path) -> None:
         assert done.returncode == 2 or "libmoe_cpu.so is missing" in done.stderr
 
 
+def test_T142_an_unbuilt_source_folder_says_that_it_is_one_and_what_to_do(tmp_path: Path) -> None:
+    """Python started in the clone after `pip install .` finds the clone before the package."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    shutil.copytree(PACKAGE, clone / "moe_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (clone / "csrc").mkdir()
+    done = process("-m", "moe_ext", "doctor", cwd=clone)
+    assert f"imported from its source folder {clone}, which is not built; build here with: pip install" in done.stdout
+    shutil.copytree(PACKAGE, site / "moe_ext", ignore=shutil.ignore_patterns("libmoe_cuda.so", "__pycache__"))
+    done = process("-m", "moe_ext", "doctor", cwd=clone, PYTHONPATH=os.pathsep.join(("", str(site))))
+    assert done.returncode == 1
+    assert f"start Python in another folder to use the one installed in {site}, or build here with: pip install" in done.stdout
+    done = process("-c", "import moe_ext", cwd=clone)
+    assert "moe_ext cannot be used: libmoe_cpu.so is missing" in done.stderr and str(clone) in done.stderr
+    elsewhere = process("-m", "moe_ext", "doctor", cwd=tmp_path, PYTHONPATH=str(site))
+    assert elsewhere.returncode == 0, elsewhere.stdout
+
+
+@pytest.mark.parametrize("name", ["libmoe_cpu.so", "renamed.so"])
+def test_T143_doctor_works_with_a_library_that_another_program_has_loaded(name: str, tmp_path: Path) -> None:
+    library = tmp_path / name
+    shutil.copy(PACKAGE / "libmoe_cpu.so", library)
+    code = f"import torch; torch.ops.load_library({str(library)!r}); from moe_ext.cli.main import main; "
+    done = process("-c", code + "raise SystemExit(main(['doctor', '--json']))")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    shown = report["libraries"]["libmoe_cpu.so"]
+    assert report["usable"] and report["problem"] is None
+    if name == "libmoe_cpu.so" and sys.platform == "linux":
+        assert shown == {"path": str(library), "loaded": True, "why_not": None}
+        assert report["libraries"]["libmoe_cuda.so"]["loaded"] is False
+    elif sys.platform == "linux":  # whoever loads it by another name is not asked what it contains
+        assert "came from another library" in shown["why_not"] and report["kernels"]["cpu"]["why_not"] == shown["why_not"]
+
+
 def test_doctor_imports_no_model_library() -> None:
     done = process("-c", "import sys; from moe_ext.cli.main import main; main(['doctor']); assert 'transformers' not in sys.modules")
     assert done.returncode == 0, done.stderr

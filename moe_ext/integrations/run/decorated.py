@@ -9,6 +9,7 @@ is in no state_dict.
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...experts import ExpertSpec, StackedWeights
 from .. import formulas, transformers_facts
+from ..after_import import after_import
 from ..usable import Refused, log_once, require_enabled, require_own_method, require_plain, require_usable
 from . import peft
 
@@ -194,7 +196,25 @@ def register() -> None:
     registry = transformers_facts.experts_registry()
     if registry.get(IMPLEMENTATION) is not experts_forward:
         type(registry).register(IMPLEMENTATION, experts_forward)
+    transformers_facts.accept_implementation(IMPLEMENTATION)
     peft.defer_activation(runs_ours)
+
+
+def register_when_loaded() -> None:
+    """Does what `register` does as soon as transformers, and PEFT, are loaded: now, or when something imports them.
+
+    What cannot be registered is logged: an import of transformers does not fail because of us.
+    """
+
+    def registered() -> None:
+        try:
+            register()
+        except (ImportError, AttributeError) as error:
+            log_once(f"experts_implementation={IMPLEMENTATION!r} is not registered: {error}")
+
+    after_import(transformers_facts.REGISTRY_MODULE, registered)
+    after_import(transformers_facts.MODELS_MODULE, functools.partial(transformers_facts.accept_implementation, IMPLEMENTATION))
+    after_import(peft.LAYER_MODULE, functools.partial(peft.defer_activation, runs_ours))
 
 
 def runs_ours(module: nn.Module, name: str) -> bool:

@@ -35,9 +35,13 @@ def is_loaded() -> bool:
     return "peft.tuners.tuners_utils" in sys.modules
 
 
+#: The module of the classes that are looked at here.
+LAYER_MODULE = "peft.tuners.lora.layer"
+
+
 def _plain_lora_classes() -> tuple[type, ...]:
     """Linear layers whose forward is `base(x) + scaling * B(A(dropout(x)))` for each active adapter; subclasses may differ."""
-    layer, bnb = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.tuners.lora.bnb")
+    layer, bnb = sys.modules.get(LAYER_MODULE), sys.modules.get("peft.tuners.lora.bnb")
     found = (getattr(layer, "Linear", None), getattr(bnb, "Linear4bit", None))
     return tuple(c for c in found if c is not None)
 
@@ -50,7 +54,7 @@ def _wrapper_classes() -> tuple[type, ...]:
 
 
 def _param_wrapper_class() -> Any:
-    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+    wrapper = getattr(sys.modules.get(LAYER_MODULE), "ParamWrapper", None)
     return wrapper if hasattr(wrapper, "_activate_lora") else None
 
 
