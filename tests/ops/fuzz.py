@@ -151,12 +151,21 @@ class Fuzzer:
         return "unpermute", [self.floats(self.S, self.H), r2s, s2r, self.top_k(), self.optional(self.routing_weights)], {}
 
     def call_unpermute_backward(self) -> Call:
-        return "unpermute_backward", [self.floats(self.T, self.H), self.floats(self.S, self.H), self.routing()[1], self.routing_weights()], {}
+        return (
+            "unpermute_backward",
+            [self.floats(self.T, self.H), self.floats(self.S, self.H), self.routing()[1], self.routing_weights()],
+            {},
+        )
 
     def call_mm(self) -> Call:
         transposed = self.random.random() < 0.5
         shape = (self.H, self.I) if transposed else (self.I, self.H)
-        args = [self.floats(self.S, self.H), self.floats(self.E, *shape), self.routing()[0], self.optional(lambda: self.floats(self.E, self.I))]
+        args = [
+            self.floats(self.S, self.H),
+            self.floats(self.E, *shape),
+            self.routing()[0],
+            self.optional(lambda: self.floats(self.E, self.I)),
+        ]
         return "grouped_mm", args, {"transposed": transposed}
 
     def call_mm_list(self) -> Call:

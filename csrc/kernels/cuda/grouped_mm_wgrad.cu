@@ -7,6 +7,7 @@
 #include "mma_tile.cuh"
 #include "operands.cuh"
 #include "pointer_table.h"
+#include "row_tiles.h"
 
 namespace moe::cuda {
 namespace {
