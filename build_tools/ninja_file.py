@@ -66,10 +66,15 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def write_build_info(plan: Plan, folder: Path) -> None:
+    info = f"#pragma once\n#define MOE_BUILD_INFO {json.dumps(plan.build_info())}\n"
+    write_if_changed(folder / "include" / "moe_build_info.h", info)
+
+
 def build(plan: Plan, environ: Mapping[str, str], verbose: bool = False) -> list[Product]:
     products = Products(plan, environ).all()
     folder = plan.root / BUILD_FOLDER
-    write_if_changed(folder / "include" / "moe_build_info.h", f"#pragma once\n#define MOE_BUILD_INFO {json.dumps(plan.build_info())}\n")
+    write_build_info(plan, folder)
     write_if_changed(folder / "build.ninja", ninja_text(plan, products))
     command = [plan.ninja, "-C", str(plan.root), "-f", str(BUILD_FOLDER / "build.ninja"), f"-j{plan.jobs}", *(["-v"] if verbose else [])]
     if subprocess.run(command).returncode:

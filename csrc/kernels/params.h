@@ -153,7 +153,7 @@ struct GroupedUpParams {
   const int32_t* expert_offsets = nullptr;  // [E+1]
   int64_t S = 0, E = 0, H = 0, I = 0;
   void* pre_act = nullptr;  // [S, 2I] in the layout of activation.interleaved, or null: not wanted
-  void* out = nullptr;      // [S, I]
+  void* out = nullptr;      // [S, I], or null: not wanted
 };
 
 // gated_activation_backward of grad[r] @ down_proj[e], which is formed here and never reaches memory.

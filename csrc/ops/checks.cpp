@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <cstring>
+
 #include "device.h"
 
 namespace moe::ops {
@@ -33,6 +35,9 @@ const char* scalar_name(ScalarType t) {
       return "another dtype";
   }
 }
+
+// The tables of the CPU library are those of the CPU; a test may put the simulated GPU's in their place.
+bool kernels_run_on_host() { return !std::strcmp(kernel_table().device, "cpu"); }
 
 std::string list(std::initializer_list<int64_t> sizes) {
   std::ostringstream s;
@@ -104,6 +109,29 @@ void check_int32(const char* op, const Tensor& t, const char* what, int64_t size
   check_shape(op, t, what, {size});
   check(t.is_contiguous(), op, what, " must be contiguous");
   check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), op, what, " is on another device");
+}
+
+void check_offsets(const char* op, const Tensor& expert_offsets, int64_t S) {
+  if (!kernels_run_on_host()) return;
+  const int32_t* offsets = static_cast<const int32_t*>(expert_offsets.data_ptr());
+  const int64_t E = expert_offsets.size(0) - 1;
+  check(offsets[0] == 0, op, "expert_offsets[0] is ", offsets[0], ", expected 0");
+  for (int64_t e = 0; e < E; ++e) {
+    check(offsets[e] <= offsets[e + 1], op, "expert_offsets[", e + 1, "] is ", offsets[e + 1], " after ", offsets[e],
+          ": offsets must not fall");
+  }
+  check(offsets[E] <= S, op, "expert_offsets[", E, "] is ", offsets[E], " but there are S=", S, " rows");
+}
+
+void check_map(const char* op, const Tensor& map, const char* what, int64_t size, const Tensor* expert_offsets) {
+  if (!kernels_run_on_host()) return;
+  const int32_t* entries = static_cast<const int32_t*>(map.data_ptr());
+  const int64_t count = map.size(0);
+  const int64_t used = expert_offsets ? static_cast<const int32_t*>(expert_offsets->data_ptr())[expert_offsets->size(0) - 1] : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t least = i < used ? 0 : -1;
+    check(entries[i] >= least && entries[i] < size, op, what, "[", i, "] is ", entries[i], ", expected ", least, " to ", size - 1);
+  }
 }
 
 void check_slots(const char* op, int64_t slots) {

@@ -30,6 +30,13 @@ void check_like(const char* op, const Tensor& t, const char* what, const Tensor&
 void check_device(const char* op, const Tensor& t, const char* what, const Tensor& like, const char* like_what);
 void check_int32(const char* op, const Tensor& t, const char* what, int64_t size, const Tensor& like);  // contiguous int32 [size]
 
+// What kernels on the CPU index memory with, entry by entry; after check_int32. Nothing is read where kernels run on a device: the host
+// would have to wait for it, and kernels there keep inside the tensors by themselves.
+// expert_offsets [E+1]: from 0, never falling, at most S.
+void check_offsets(const char* op, const Tensor& expert_offsets, int64_t S);
+// A map to rows or slots of [0, size), or -1 where there is none. Rows of experts must have one, where their offsets are given.
+void check_map(const char* op, const Tensor& map, const char* what, int64_t size, const Tensor* expert_offsets = nullptr);
+
 // How many slots one call may have: rows and slots are int32.
 void check_slots(const char* op, int64_t slots);
 

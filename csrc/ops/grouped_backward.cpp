@@ -21,8 +21,12 @@ void check_saved(Layer& l, const Tensor& grad, const Saved& s, int64_t needs) {
   check_hidden(l, grad);
   check(s.top_k_weights.dim() == 2 && s.top_k_weights.size(0) == l.T, l.op, "top_k_weights has shape ", shape(s.top_k_weights),
         ", expected [T=", l.T, ", K]");
+  float_dtype(l.op, s.top_k_weights, "top_k_weights");
+  check_device(l.op, s.top_k_weights, "top_k_weights", grad, "grad");
   l.K = s.top_k_weights.size(1);
   l.S = l.T * l.K;
+  check(l.K >= 1, l.op, "top_k_weights has shape ", shape(s.top_k_weights), ", expected K >= 1");
+  check_slots(l.op, l.S);
   if (s.pre_act) {
     check_shape(l.op, *s.pre_act, "pre_act", {l.S, l.pre_width()});
     check_like(l.op, *s.pre_act, "pre_act", grad, "grad");
@@ -30,6 +34,9 @@ void check_saved(Layer& l, const Tensor& grad, const Saved& s, int64_t needs) {
   check_int32(l.op, s.expert_offsets, "expert_offsets", l.E + 1, grad);
   check_int32(l.op, s.row_to_slot, "row_to_slot", l.S, grad);
   check_int32(l.op, s.slot_to_row, "slot_to_row", l.S, grad);
+  check_offsets(l.op, s.expert_offsets, l.S);
+  check_map(l.op, s.row_to_slot, "row_to_slot", l.S, &s.expert_offsets);
+  check_map(l.op, s.slot_to_row, "slot_to_row", l.S);
   if (needs & (kGateUp | kUp) || !s.pre_act) {
     check(s.hidden_states.has_value(), l.op, "hidden_states is needed ",
           s.pre_act ? "for the gradient of the up projection" : "to form the pre-activation again");
@@ -85,7 +92,7 @@ TensorList backward(Layer& l, const Tensor& grad_in, const Saved& s, int64_t nee
   const Tensor grad = row_major(grad_in);
   std::optional<Tensor> x;
   if (s.hidden_states) x = row_major(*s.hidden_states);
-  const Tensor pre_act = s.pre_act ? torch::stable::contiguous(*s.pre_act) : up_projection(l, *x, s.expert_offsets, s.row_to_slot);
+  const Tensor pre_act = s.pre_act ? as_contiguous(*s.pre_act) : pre_activation(l, *x, s.expert_offsets, s.row_to_slot);
   const Tensor weights = slot_weights(s.top_k_weights, l.dtype);
   const Rows g = gathered(grad, s.row_to_slot, l.K);
 
@@ -154,7 +161,7 @@ TensorList backward(Layer& l, const Tensor& grad_in, const Saved& s, int64_t nee
   }
   if (needs & kTopKWeights) {
     const bool same = grad_weights->scalar_type() == s.top_k_weights.scalar_type();
-    results.push_back(same ? *grad_weights : torch::stable::to(*grad_weights, s.top_k_weights.scalar_type()));
+    results.push_back(same ? *grad_weights : as_dtype(*grad_weights, s.top_k_weights.scalar_type()));
   }
   // One projection (stacked, or ungated list) or two (gate, up): their bits in the order of the results.
   const int64_t weight_bits[] = {kGateUp, kUp}, bias_bits[] = {kGateUpBias, kUpBias};

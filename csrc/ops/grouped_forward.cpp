@@ -19,33 +19,6 @@ void check_routing(Layer& l, const Tensor& hidden_states, const Tensor& top_k_in
   check_slots(l.op, l.S);
 }
 
-// The matrices of one half of a stack of [gate | up] or gate and up in turns.
-template <class Table>
-Table half(Table table, bool second, const Layer& l) {
-  const int64_t skipped = second ? (l.activation.interleaved ? 1 : l.I) * table.stride_n : 0;
-  if (table.base) table.base = static_cast<const char*>(table.base) + skipped * element_size(l.dtype);
-  if (l.activation.interleaved) table.stride_n *= 2;
-  return table;
-}
-
-GroupedUpParams up_params(const Layer& l, const Rows& x, const Tensor& expert_offsets) {
-  GroupedUpParams p;
-  p.dtype = l.dtype;
-  p.activation = l.activation;
-  p.x = x;
-  p.expert_offsets = int32_ptr(expert_offsets);
-  p.S = l.S;
-  p.E = l.E;
-  p.H = l.H;
-  p.I = l.I;
-  const Projection &gate = l.up.front(), &up = l.up.back();
-  p.gate_proj = l.listed ? gate.weight.table : half(gate.weight.table, false, l);
-  p.up_proj = l.listed ? up.weight.table : half(up.weight.table, true, l);
-  p.gate_bias = l.listed ? gate.bias.table : half(gate.bias.table, false, l);
-  p.up_bias = l.listed ? up.bias.table : half(up.bias.table, true, l);
-  return p;
-}
-
 Tensor activated(const Layer& l, const Tensor& pre_act, const Tensor& expert_offsets) {
   Tensor act = empty(pre_act, {l.S, l.I}, pre_act.scalar_type());
   GatedActivationParams p;

@@ -10,6 +10,7 @@ void check_rows(const char* op, const Tensor& x, const char* what, const Tensor&
   check(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 2, op, "expert_offsets has shape ", shape(expert_offsets),
         ", expected [E+1]");
   check_int32(op, expert_offsets, "expert_offsets", expert_offsets.size(0), x);
+  check_offsets(op, expert_offsets, x.size(0));
 }
 
 Tensor run_grouped_mm(const char* op, const Tensor& x, const Weights& weight, const Biases& bias, const Tensor& expert_offsets) {

@@ -13,6 +13,15 @@ void check_list(const char* op, const TensorList& list, const char* what, size_t
   }
 }
 
+// The matrices of one half of a stack of [gate | up] or gate and up in turns.
+template <class Table>
+Table half(Table table, bool second, const Layer& l) {
+  const int64_t skipped = second ? (l.activation.interleaved ? 1 : l.I) * table.stride_n : 0;
+  if (table.base) table.base = static_cast<const char*>(table.base) + skipped * element_size(l.dtype);
+  if (l.activation.interleaved) table.stride_n *= 2;
+  return table;
+}
+
 }  // namespace
 
 void check_hidden(Layer& l, const Tensor& hidden_states) {
@@ -94,6 +103,24 @@ GroupedMmParams mm_params(const Layer& l, const Tensor& expert_offsets) {
   return p;
 }
 
+GroupedUpParams up_params(const Layer& l, const Rows& x, const Tensor& expert_offsets) {
+  GroupedUpParams p;
+  p.dtype = l.dtype;
+  p.activation = l.activation;
+  p.x = x;
+  p.expert_offsets = int32_ptr(expert_offsets);
+  p.S = l.S;
+  p.E = l.E;
+  p.H = l.H;
+  p.I = l.I;
+  const Projection &gate = l.up.front(), &up = l.up.back();
+  p.gate_proj = l.listed ? gate.weight.table : half(gate.weight.table, false, l);
+  p.up_proj = l.listed ? up.weight.table : half(up.weight.table, true, l);
+  p.gate_bias = l.listed ? gate.bias.table : half(gate.bias.table, false, l);
+  p.up_bias = l.listed ? up.bias.table : half(up.bias.table, true, l);
+  return p;
+}
+
 Tensor up_projection(const Layer& l, const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot) {
   Tensor pre_act = empty(x, {l.S, l.pre_width()}, x.scalar_type());
   GroupedMmParams p = mm_params(l, expert_offsets);
@@ -107,6 +134,16 @@ Tensor up_projection(const Layer& l, const Tensor& x, const Tensor& expert_offse
     p.out = column(pre_act, part.column);
     run(l.op, kernel_table().grouped_mm, p, x, name(l.dtype));
   }
+  return pre_act;
+}
+
+Tensor pre_activation(const Layer& l, const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot) {
+  const auto& fused = kernel_table().grouped_up;
+  GroupedUpParams p = up_params(l, gathered(x, row_to_slot, l.K), expert_offsets);
+  if (!l.activation.gated || !is_supported(fused, p)) return up_projection(l, x, expert_offsets, row_to_slot);
+  Tensor pre_act = empty(x, {l.S, l.pre_width()}, x.scalar_type());
+  p.pre_act = pre_act.data_ptr();
+  run(l.op, fused, p, x, name(l.dtype));
   return pre_act;
 }
 

@@ -36,8 +36,14 @@ void check_hidden(Layer& l, const Tensor& hidden_states);
 
 GroupedMmParams mm_params(const Layer& l, const Tensor& expert_offsets);
 
-// The pre-activation [S, 2I] (or [S, I]) of x [T, H], rows gathered from token order.
+// Of a gated layer, for the kernel that computes the up projection and the activation in one; the results are the caller's to set.
+GroupedUpParams up_params(const Layer& l, const Rows& x, const Tensor& expert_offsets);
+
+// The pre-activation [S, 2I] (or [S, I]) of x [T, H], rows gathered from token order, by the steps.
 Tensor up_projection(const Layer& l, const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot);
+
+// The same by the kernel that the training forward takes: a step would first copy the rows where its kernel gathers none.
+Tensor pre_activation(const Layer& l, const Tensor& x, const Tensor& expert_offsets, const Tensor& row_to_slot);
 
 inline void* column(const Tensor& t, int64_t c) { return static_cast<char*>(t.data_ptr()) + c * t.element_size(); }
 

@@ -10,6 +10,8 @@ int64_t check_maps(const char* op, const Tensor& row_to_slot, const Tensor& slot
   check(top_k >= 1 && S % top_k == 0, op, "top_k=", top_k, " does not divide the S=", S, " slots of row_to_slot");
   check_int32(op, row_to_slot, "row_to_slot", S, like);
   check_int32(op, slot_to_row, "slot_to_row", S, like);
+  check_map(op, row_to_slot, "row_to_slot", S);
+  check_map(op, slot_to_row, "slot_to_row", S);
   return S;
 }
 
@@ -44,9 +46,10 @@ Tensor unpermute(const Tensor& rows_in, const Tensor& row_to_slot, const Tensor&
   if (top_k_weights) {
     float_dtype(op, *top_k_weights, "top_k_weights");
     check_shape(op, *top_k_weights, "top_k_weights", {T, top_k});
+    check_device(op, *top_k_weights, "top_k_weights", rows_in, "rows");
   }
 
-  const Tensor source = torch::stable::contiguous(rows_in);
+  const Tensor source = as_contiguous(rows_in);
   OptionalTensor weights;
   if (top_k_weights) weights = slot_weights(*top_k_weights, dtype);
   Tensor out = empty(rows_in, {T, H}, rows_in.scalar_type());
@@ -66,15 +69,19 @@ Tensor unpermute(const Tensor& rows_in, const Tensor& row_to_slot, const Tensor&
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& rows_in, const Tensor& row_to_slot,
                                               const Tensor& top_k_weights) {
   constexpr const char* op = "unpermute_backward";
+  check(rows_in.dim() == 2, op, "rows has shape ", shape(rows_in), ", expected [S, H]");
   const DType dtype = float_dtype(op, rows_in, "rows");
+  float_dtype(op, top_k_weights, "top_k_weights");
   check(top_k_weights.dim() == 2, op, "top_k_weights has shape ", shape(top_k_weights), ", expected [T, K]");
   const int64_t T = top_k_weights.size(0), K = top_k_weights.size(1), H = rows_in.size(1), S = T * K;
   check_shape(op, rows_in, "rows", {S, H});
   check_shape(op, grad, "grad", {T, H});
   check_like(op, grad, "grad", rows_in, "rows");
+  check_device(op, top_k_weights, "top_k_weights", rows_in, "rows");
   check_int32(op, row_to_slot, "row_to_slot", S, rows_in);
+  check_map(op, row_to_slot, "row_to_slot", S);
 
-  const Tensor g = row_major(grad), source = torch::stable::contiguous(rows_in), weights = slot_weights(top_k_weights, dtype);
+  const Tensor g = row_major(grad), source = as_contiguous(rows_in), weights = slot_weights(top_k_weights, dtype);
   Tensor grad_rows = empty(rows_in, {S, H}, rows_in.scalar_type());
   Tensor grad_weights = zeros(weights, {T, K}, weights.scalar_type());
   UnpermuteBackwardParams p;
@@ -88,7 +95,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
   p.grad_slot_weights = grad_weights.data_ptr();
   run(op, kernel_table().unpermute_backward, p, rows_in, name(dtype));
   if (top_k_weights.scalar_type() != grad_weights.scalar_type())
-    grad_weights = torch::stable::to(grad_weights, top_k_weights.scalar_type());
+    grad_weights = as_dtype(grad_weights, top_k_weights.scalar_type());
   return {grad_rows, grad_weights};
 }
 

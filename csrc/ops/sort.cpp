@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& top_k_index, int
   check(num_experts >= 1, op, "num_experts=", num_experts, ", expected at least 1");
   check_slots(op, top_k_index.numel());
 
-  const Tensor ids = top_k_index.is_contiguous() ? top_k_index : torch::stable::contiguous(top_k_index);
+  const Tensor ids = top_k_index.is_contiguous() ? top_k_index : as_contiguous(top_k_index);
   const int64_t S = ids.numel();
   Tensor expert_offsets = empty(ids, {num_experts + 1}, ScalarType::Int);
   Tensor row_to_slot = empty(ids, {S}, ScalarType::Int);

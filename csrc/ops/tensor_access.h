@@ -21,15 +21,43 @@ inline ScalarType scalar_type(DType t) {
   }
 }
 
+// Ends with torch's own error for so many elements that could not be allocated where `like` is.
+[[noreturn]] void fail_allocation(const Tensor& like, double elements);
+
+// f(), which allocates so many elements.
+template <class F>
+Tensor allocating(const Tensor& like, double elements, const F& f) {
+  try {
+    return f();
+  } catch (const std::exception&) {  // says only that a call failed
+    fail_allocation(like, elements);
+  }
+}
+
+inline double numel(std::initializer_list<int64_t> sizes) {
+  double n = 1;
+  for (int64_t size : sizes) n *= static_cast<double>(size);
+  return n;
+}
+
+// The only functions of this folder that allocate.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+  return allocating(like, numel(sizes), [&] { return torch::stable::new_empty(like, shape, type); });
 }
 inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+  return allocating(like, numel(sizes), [&] { return torch::stable::new_zeros(like, shape, type); });
+}
+inline Tensor as_contiguous(const Tensor& t) {
+  return allocating(t, static_cast<double>(t.numel()), [&] { return torch::stable::contiguous(t); });
+}
+inline Tensor as_dtype(const Tensor& t, ScalarType type) {
+  return allocating(t, static_cast<double>(t.numel()), [&] { return torch::stable::to(t, type); });
 }
 
 // [rows, n] with contiguous columns: as it is when that holds, else a copy. A one-row tensor may carry any row stride.
-inline Tensor row_major(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+inline Tensor row_major(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : as_contiguous(t); }
 inline int64_t row_stride(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
 inline Rows rows(const Tensor& t) { return {t.data_ptr(), row_stride(t), nullptr, 1}; }
@@ -42,8 +70,8 @@ inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_pt
 // Routing weights as kernels read them: contiguous, in the accumulator's dtype.
 inline Tensor slot_weights(const Tensor& top_k_weights, DType dtype) {
   const ScalarType wanted = scalar_type(accumulator(dtype));
-  Tensor w = top_k_weights.scalar_type() == wanted ? top_k_weights : torch::stable::to(top_k_weights, wanted);
-  return w.is_contiguous() ? w : torch::stable::contiguous(w);
+  Tensor w = top_k_weights.scalar_type() == wanted ? top_k_weights : as_dtype(top_k_weights, wanted);
+  return w.is_contiguous() ? w : as_contiguous(w);
 }
 
 // E weight matrices of N outputs x K inputs, stacked or listed; strides as found, copied only when neither is 1.
@@ -55,7 +83,7 @@ struct Weights {
 
   Weights(const Tensor& stacked, bool transposed) {
     const bool readable = stacked.stride(1) == 1 || stacked.stride(2) == 1 || stacked.size(1) == 1 || stacked.size(2) == 1;
-    const Tensor w = readable ? stacked : torch::stable::contiguous(stacked);
+    const Tensor w = readable ? stacked : as_contiguous(stacked);
     keep.push_back(w);
     table.base = w.data_ptr();
     table.stride_e = w.stride(0);
@@ -68,7 +96,7 @@ struct Weights {
     bool uniform = true;
     for (const Tensor& w : list)
       uniform &= w.stride(0) == list[0].stride(0) && w.stride(1) == list[0].stride(1) && (w.stride(0) == 1 || w.stride(1) == 1);
-    for (const Tensor& w : list) keep.push_back(uniform ? w : torch::stable::contiguous(w));
+    for (const Tensor& w : list) keep.push_back(uniform ? w : as_contiguous(w));
     for (const Tensor& w : keep) pointers.push_back(w.data_ptr());
     table.list = pointers.data();
     set_strides(keep[0], 0, transposed);
@@ -113,7 +141,7 @@ struct Biases {
   }
   explicit Biases(const OptionalTensorList& list) {
     if (!list) return;
-    for (const Tensor& b : *list) keep.push_back(b.is_contiguous() ? b : torch::stable::contiguous(b));
+    for (const Tensor& b : *list) keep.push_back(b.is_contiguous() ? b : as_contiguous(b));
     for (const Tensor& b : keep) pointers.push_back(b.data_ptr());
     table.list = pointers.data();
   }

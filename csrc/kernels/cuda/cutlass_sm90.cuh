@@ -66,8 +66,11 @@ struct GroupedGemm {
     const int64_t available = kTensorMapBytesPerSm * arrays.multiprocessors;
     if (static_cast<int64_t>(Gemm::get_workspace_size(arguments)) > available) return Status::kLaunchFailed;
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    if (gemm.initialize(arguments, arrays.tensor_maps, on) != cutlass::Status::kSuccess) return Status::kLaunchFailed;
-    return gemm.run(on) == cutlass::Status::kSuccess ? Status::kOk : Status::kLaunchFailed;
+    if (gemm.initialize(arguments, arrays.tensor_maps, on) == cutlass::Status::kSuccess && gemm.run(on) == cutlass::Status::kSuccess) {
+      return Status::kOk;
+    }
+    cudaGetLastError();  // taken, or the next launch, of whatever, would report it
+    return Status::kLaunchFailed;
   }
 };
 

@@ -123,10 +123,17 @@ __device__ A row_sum(A v, A* scratch) {
 // Whether the launches so far were accepted.
 inline Status launched() { return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed; }
 
+// Whether a call of the runtime was. A refusal is taken from the runtime too, or the next launch, of whatever, would report it.
+inline Status accepted(cudaError_t error) {
+  if (error == cudaSuccess) return Status::kOk;
+  cudaGetLastError();
+  return Status::kLaunchFailed;
+}
+
 // Of the current device, as 80, 90, 120; 0 when there is none.
 inline int compute_capability() {
   int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (accepted(cudaGetDevice(&device)) != Status::kOk) return 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return major * 10 + minor;
@@ -135,7 +142,7 @@ inline int compute_capability() {
 // Of the current device; 0 when there is none.
 inline int multiprocessors() {
   int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (accepted(cudaGetDevice(&device)) != Status::kOk) return 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 }
@@ -151,8 +158,9 @@ template <class... Params, class... Args>
 Status launch_grid(void (*kernel)(Params...), const Grid& grid, const Launch& launch, const Args&... args) {
   if (grid.blocks == 0) return Status::kOk;
   if (grid.blocks > INT32_MAX) return Status::kUnsupportedLayout;
-  if (grid.shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared) != cudaSuccess) {
-    return Status::kLaunchFailed;
+  if (grid.shared > 48 * 1024) {
+    const Status s = accepted(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared));
+    if (s != Status::kOk) return s;
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared, static_cast<cudaStream_t>(launch.stream)>>>(args...);
   return launched();

@@ -289,7 +289,8 @@ template <class Tile, class Epilogue, class Params>
 Status launch_blocks(void (*kernel)(Params), const Params& p, int64_t tiles, const Launch& launch) {
   constexpr int kShared = Tile::shared_bytes(Epilogue::kSharedBytes);
   static_assert(kShared <= kSharedLimit);
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess) return Status::kLaunchFailed;
+  const Status allowed = accepted(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  if (allowed != Status::kOk) return allowed;
   cudaLaunchConfig_t config = {};
   config.gridDim = static_cast<unsigned>(Tile::kCluster * least<int64_t>(multiprocessors() / Tile::kCluster, tiles));
   config.blockDim = kGatheredThreads;
@@ -300,7 +301,7 @@ Status launch_blocks(void (*kernel)(Params), const Params& p, int64_t tiles, con
   cluster.val.clusterDim = {Tile::kCluster, 1, 1};
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p) == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+  return accepted(cudaLaunchKernelEx(&config, kernel, p));
 }
 
 // `columns` are those of one matrix of b.

@@ -3,7 +3,7 @@
 #pragma once
 #include "../params.h"
 #include "cutlass_launch.h"
-#include "host_device.h"
+#include "row_tiles.h"
 
 namespace moe::cuda {
 
@@ -19,6 +19,7 @@ struct GemmOperands {
   int64_t ld_x = 0, ld_other = 0;             // row strides in elements
   WeightTable weight;                         // grouped_mm only
   OutputTable out;                            // grouped_mm: base and stride
+  int64_t S = INT32_MAX;                      // rows of x
   int64_t N = 0, K = 0;                       // grouped_mm: of a weight; wgrad: M x N of a result
   bool wgrad = false;
 };
@@ -32,8 +33,8 @@ MOE_HD auto expert_bytes(const Table& table, int64_t e, int64_t element) {
 
 // An expert without rows has a result of no size: its accumulators, which nothing would have cleared, are stored nowhere.
 MOE_HD GemmProblem problem_of(const GemmOperands& o, const int32_t* expert_offsets, int64_t e, int64_t element) {
-  const int64_t first = expert_offsets[e];
-  const int32_t rows = expert_offsets[e + 1] - expert_offsets[e];
+  const auto [begin, rows] = expert_rows(expert_offsets, e, o.S);
+  const int64_t first = begin;
   const int32_t n = static_cast<int32_t>(o.N), k = static_cast<int32_t>(o.K);
   const char* x = o.x + first * o.ld_x * element;
   if (o.wgrad) {

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "operands.cuh"
 #include "pointer_table.h"
+#include "row_tiles.h"
 
 namespace moe::cuda {
 namespace {
@@ -16,7 +17,8 @@ __global__ void __launch_bounds__(kThreads, 2) bias_grad_kernel(GroupedBiasGradP
   constexpr int kColumns = 32 * V;
   __shared__ double scratch[kWarps][kColumns];
   const int64_t e = blockIdx.x / column_blocks, first = blockIdx.x % column_blocks * kColumns;
-  const int64_t begin = p.expert_offsets[e], end = p.expert_offsets[e + 1];
+  const ExpertRows rows = expert_rows(p.expert_offsets, e, p.S);
+  const int64_t begin = rows.begin, end = begin + rows.count;
   const int warp = threadIdx.x / 32, column = threadIdx.x % 32 * V;
   const A* weights = static_cast<const A*>(p.slot_weights);
   double sum[V] = {};

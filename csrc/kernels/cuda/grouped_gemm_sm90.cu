@@ -29,16 +29,16 @@ __global__ void __launch_bounds__(kThreads)
 // Rows of dropped slots.
 __global__ void __launch_bounds__(kThreads)
     clear_rows_kernel(uint16_t* out, int64_t stride, int64_t N, const int32_t* expert_offsets, int64_t S, int64_t E) {
-  for (int64_t r = expert_offsets[E] + blockIdx.x; r < S; r += gridDim.x) {
+  for (int64_t r = greatest(expert_offsets[E], 0) + int64_t{blockIdx.x}; r < S; r += gridDim.x) {
     for (int64_t i = threadIdx.x; i < N; i += kThreads) out[r * stride + i] = 0;
   }
 }
 
 // Results of experts without rows; kClearBlocks blocks per expert.
 constexpr int kClearBlocks = 16;
-__global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out, int64_t M, int64_t N, const int32_t* expert_offsets) {
+__global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out, int64_t M, int64_t N, const int32_t* expert_offsets, int64_t S) {
   const int64_t e = blockIdx.x / kClearBlocks;
-  if (expert_offsets[e] != expert_offsets[e + 1]) return;
+  if (expert_rows(expert_offsets, e, S).count > 0) return;
   uint16_t* matrix = static_cast<uint16_t*>(expert_bytes(out, e, kElement));
   for (int64_t m = blockIdx.x % kClearBlocks; m < M; m += kClearBlocks) {
     for (int64_t n = threadIdx.x; n < N; n += kThreads) matrix[m * out.stride + n] = 0;
@@ -99,6 +99,7 @@ Status launch_mm(const GroupedMmParams& p, const Launch& launch) {
   o.weight = p.weight;
   o.out.base = p.out;
   o.out.stride = p.out_stride;
+  o.S = p.S;
   o.N = p.N;
   o.K = p.K;
   const unsigned blocks = static_cast<unsigned>(least<int64_t>(p.S, 4 * sms));
@@ -119,10 +120,11 @@ Status launch_wgrad(const GroupedMmWgradParams& p, const Launch& launch) {
   o.ld_x = p.a.stride;
   o.ld_other = p.b.stride;
   o.out = p.out;
+  o.S = p.S;
   o.N = p.M;
   o.K = p.N;
   clear_experts_kernel<<<static_cast<unsigned>(p.E * kClearBlocks), kThreads, 0, static_cast<cudaStream_t>(launch.stream)>>>(
-      p.out, p.M, p.N, p.expert_offsets);
+      p.out, p.M, p.N, p.expert_offsets, p.S);
   return multiply(o, p.expert_offsets, p.E, base, w, sms, sm90_wgrad(p.dtype), launch);
 }
 

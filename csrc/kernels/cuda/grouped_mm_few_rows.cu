@@ -249,6 +249,7 @@ __device__ void write_results(const GroupedUpParams& p, const TileRows& rows, in
       pre_act[p.activation.interleaved ? 2 * n : n] = rounded_gate;
       pre_act[p.activation.interleaved ? 2 * n + 1 : p.I + n] = rounded_up;
     }
+    if (!p.out) continue;
     static_cast<T*>(p.out)[r * p.I + n] = sums ? from_acc<T>(gated(p.activation, to_acc(rounded_gate), to_acc(rounded_up))) : T(0.0f);
   }
 }

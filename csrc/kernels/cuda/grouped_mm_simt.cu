@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads) wgrad_kernel(GroupedMmWgradParams p,
   __shared__ SharedTiles<T> shared;
   const int64_t tiles = tiles_m * tiles_n, e = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t m0 = tile % tiles_m * kTile, n0 = tile / tiles_m * kTile;
-  const int64_t first = p.expert_offsets[e], depth = p.expert_offsets[e + 1] - first;
+  const ExpertRows rows = expert_rows(p.expert_offsets, e, p.S);
+  const int64_t first = rows.begin, depth = rows.count;
   T total[4][4] = {};
   multiply_tile(
       depth, shared,

@@ -7,6 +7,7 @@
 #include "mma_tile.cuh"
 #include "operands.cuh"
 #include "pointer_table.h"
+#include "row_tiles.h"
 
 namespace moe::cuda {
 namespace {
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2) mma_kernel(GroupedMmWgradParam
   extern __shared__ __align__(128) char shared[];
   const int64_t tiles = tiles_m * tiles_n, e = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t m0 = tile % tiles_m * Tile::kM, n0 = tile / tiles_m * Tile::kN;
-  const int64_t first = p.expert_offsets[e], depth = p.expert_offsets[e + 1] - first;
+  const ExpertRows rows = expert_rows(p.expert_offsets, e, p.S);
+  const int64_t first = rows.begin, depth = rows.count;
   const auto row_of_a = [&](int64_t k) { return row_of<T>(p.a, first + k); };
   const auto row_of_b = [&](int64_t k) { return row_of<T>(p.b, first + k); };
   const MnMajorLoader<T, Tile::kM, kAligned, decltype(row_of_a)> a(static_cast<const T*>(p.a.data), m0, p.M, row_of_a);

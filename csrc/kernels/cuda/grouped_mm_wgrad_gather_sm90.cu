@@ -66,7 +66,7 @@ template <class T>
 struct WgradParams {
   Rows a, b;
   const int32_t *expert_offsets, *order;  // order: experts by falling number of rows
-  int E, M, N;
+  int E, M, N, S;
   WgradPlan plan;
   typename WgradEpilogue<T>::Params epilogue;
 };
@@ -87,8 +87,9 @@ class WgradWalk {
     if (number >= p_.E * per_expert) return false;
     const int e = p_.order[number / per_expert];
     const TilePosition at = tile_position(number % per_expert, p_.plan.row_tiles, p_.plan.column_tiles);
-    const int begin = static_cast<int>(at.row_tile) * WgradTile::kM, first = p_.expert_offsets[e];
-    tile = {e, begin, rows_from(p_.M, begin, WgradTile::kM), static_cast<int>(at.column_tile), first, p_.expert_offsets[e + 1] - first};
+    const int begin = static_cast<int>(at.row_tile) * WgradTile::kM;
+    const ExpertRows rows = expert_rows(p_.expert_offsets, e, p_.S);
+    tile = {e, begin, rows_from(p_.M, begin, WgradTile::kM), static_cast<int>(at.column_tile), rows.begin, rows.count};
     return true;
   }
   __device__ int depth(const WgradBlock& tile) const { return tile.depth; }
@@ -186,8 +187,8 @@ __global__ void __launch_bounds__(kWarpgroup) order_kernel(const int32_t* expert
 
 template <class T>
 Status launch_type(const GroupedMmWgradParams& p, const int32_t* order, int64_t tiles, const Launch& launch) {
-  const int E = static_cast<int>(p.E), M = static_cast<int>(p.M), N = static_cast<int>(p.N);
-  const WgradParams<T> k = {p.a, p.b, p.expert_offsets, order, E, M, N, wgrad_plan(M, N), {p.out, N}};
+  const int E = static_cast<int>(p.E), M = static_cast<int>(p.M), N = static_cast<int>(p.N), S = static_cast<int>(p.S);
+  const WgradParams<T> k = {p.a, p.b, p.expert_offsets, order, E, M, N, S, wgrad_plan(M, N), {p.out, N}};
   return launch_blocks<WgradTile, WgradEpilogue<T>>(wgrad_gather_kernel<T>, k, tiles, launch);
 }
 

@@ -15,7 +15,7 @@ template <class T, Pairing pairing>
 class UpEpilogue {
  public:
   struct Params {
-    RowsOut out, pre_act;  // pre_act may be absent
+    RowsOut out, pre_act;  // one of them may be absent
     int I;
     ActivationKind kind;
     float alpha, limit;  // the limit is infinite when there is none
@@ -33,7 +33,7 @@ class UpEpilogue {
   }
 
   __device__ void clear(const WarpTile& tile) {
-    store_.clear(p_.out, tile, 0, tile.column_tile * kUpOutputs, kUpOutputs);
+    if (p_.out) store_.clear(p_.out, tile, 0, tile.column_tile * kUpOutputs, kUpOutputs);
     if (!p_.pre_act) return;
     if constexpr (pairing == Pairing::kHalves) {
       for (int part = 0; part < 2; ++part) store_.clear(p_.pre_act, tile, part, tile.column_tile * kUpOutputs, kUpOutputs);
@@ -64,6 +64,7 @@ class UpEpilogue {
         store_.put(p_.pre_act, tile, halves ? box : 0, halves ? output : 2 * output + box * 64, pairs, box * 16);
       }
     }
+    if (!p_.out) return;
     // In groups, lest the compiler unpack everything ahead of the choice.
 #pragma unroll
     for (int i = 0; i < kHalfPairs / 2; i += kGroup) {
@@ -140,7 +141,9 @@ Status launch_tile(const GroupedUpParams& p, const UpOperands& operands, char* p
   g.E = p.E;
   g.K = static_cast<int>(p.H);
   auto& e = g.epilogue;
-  if (const Status s = make_rows_out(e.out, p.dtype, p.out, p.S, p.I, 1); failed(s)) return s;
+  if (p.out) {
+    if (const Status s = make_rows_out(e.out, p.dtype, p.out, p.S, p.I, 1); failed(s)) return s;
+  }
   const bool halves = pairing == Pairing::kHalves;
   if (p.pre_act) {
     if (const Status s = make_rows_out(e.pre_act, p.dtype, p.pre_act, p.S, halves ? p.I : 2 * p.I, halves ? 2 : 1); failed(s)) return s;

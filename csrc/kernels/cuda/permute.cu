@@ -9,11 +9,16 @@ namespace {
 constexpr int kAccessesInFlight = 4;  // of a thread that copies
 constexpr int kRowsInFlight = 8;      // of a thread that sums
 
+// What a map says, or -1 where that is no row or slot of the `size` that there are: as for a dropped one, nothing is read.
+__device__ __forceinline__ int32_t inside(int32_t entry, int64_t size) {
+  return static_cast<uint32_t>(entry) < static_cast<uint32_t>(size) ? entry : -1;
+}
+
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) permute_kernel(PermuteParams p) {
   const int64_t r = row_of_block(), step = column_step<V>();
   if (r >= p.S) return;
-  const int32_t slot = p.x.row_to_slot[r];
+  const int32_t slot = inside(p.x.row_to_slot[r], p.S);
   T* out = static_cast<T*>(p.out) + r * p.H;
   const T* x = static_cast<const T*>(p.x.data) + (slot < 0 ? 0 : slot / p.x.top_k * p.x.stride);
   for (int64_t h = first_column<V>(); h < p.H; h += kAccessesInFlight * step) {
@@ -42,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 3) unpermute_kernel(UnpermuteParams 
       A w[kRowsInFlight];
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        const int64_t slot = t * p.K + k + i, row = k + i < p.K ? p.slot_to_row[slot] : -1;
+        const int64_t slot = t * p.K + k + i, row = k + i < p.K ? inside(p.slot_to_row[slot], p.T * p.K) : -1;
         w[i] = row >= 0 && weights ? weights[slot] : A(1);
         if (row >= 0) part[i] = load<V>(static_cast<const T*>(p.rows) + row * p.H + h);
       }
@@ -64,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(UnpermuteB
   using A = acc_t<T>;
   __shared__ A scratch[kWarps];
   const int64_t r = row_of_block();
-  const int32_t slot = r < p.S ? p.grad.row_to_slot[r] : -1;
+  const int32_t slot = r < p.S ? inside(p.grad.row_to_slot[r], p.S) : -1;
   T* grad_row = p.grad_rows ? static_cast<T*>(p.grad_rows) + r * p.H : nullptr;
   if (grad_row && r < p.S && slot < 0) clear_row<V>(grad_row, p.H);
   const A w = p.slot_weights && slot >= 0 ? static_cast<const A*>(p.slot_weights)[slot] : A(1);

@@ -7,6 +7,16 @@
 
 namespace moe::cuda {
 
+// The rows of one expert. The host cannot check what offsets on the device hold, so every kernel cuts them to the S rows that there
+// are: wrong offsets give wrong results, but nothing outside of the tensors is read or written.
+struct ExpertRows {
+  int32_t begin, count;
+};
+MOE_HD ExpertRows expert_rows(const int32_t* expert_offsets, int64_t e, int64_t S) {
+  const int32_t all = static_cast<int32_t>(S), begin = least(greatest(expert_offsets[e], 0), all);
+  return {begin, greatest(least(expert_offsets[e + 1], all) - begin, 0)};
+}
+
 struct RowTile {
   int64_t group;  // E: dropped slots
   int64_t begin;  // first row
@@ -23,9 +33,9 @@ class RowTiles {
 
   // On the device all lanes of a warp call it together, with the same tile.
   MOE_HD RowTile find(int64_t tile) const {
-    const int64_t g = group_of(tile), begin = offsets_[g], end = g < E_ ? offsets_[g + 1] : S_;
-    if (one_per_row_) return {g, tile, (tile - begin) % R_ == 0 ? static_cast<int>(least<int64_t>(R_, end - tile)) : 0};
-    const int64_t first = begin + (tile - first_tile(g)) * R_;
+    const int64_t g = group_of(tile), begin = offsets_[g], end = g < E_ ? least<int64_t>(offsets_[g + 1], S_) : S_;
+    const int64_t first = one_per_row_ ? tile : begin + (tile - first_tile(g)) * R_;
+    if (first < 0 || (one_per_row_ && (tile - begin) % R_)) return {g, first, 0};
     return {g, first, static_cast<int>(greatest<int64_t>(least<int64_t>(R_, end - first), 0))};
   }
 
@@ -37,7 +47,8 @@ class RowTiles {
     int64_t low = 0, count = E_ + 1;
     while (count > 1) {
       const int64_t step = divide_up(count, 32);
-      const int64_t passed = count_lanes([&](int lane) { return lane * step < count && first_tile(low + lane * step) <= tile; }) - 1;
+      const int holding = count_lanes([&](int lane) { return lane * step < count && first_tile(low + lane * step) <= tile; });
+      const int64_t passed = greatest(holding - 1, 0);  // none holds where the first offset is not 0, as it must be
       low += passed * step;
       count = least(step, count - passed * step);
     }
