@@ -119,7 +119,7 @@ def prove_linear(module: nn.Module, replacement: LinearReplacement) -> Proof:
         return {"output": out} | zeros_for_none(["input", "weight"][: len(wanted)], wanted, gradients(out, wanted, grad))
 
     def own(a: Tensor, w: Tensor) -> Tensor:
-        with replaced([(module, replacement.weight, w)]):
+        with frozen(module), replaced([(module, replacement.weight, w)]):
             try:
                 return type(module).forward(module, a, counts.tolist())
             except (TypeError, AttributeError):  # it wants a tensor
