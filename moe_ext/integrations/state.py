@@ -26,8 +26,11 @@ _FIXED = {
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 }  # fmt: skip
 
-#: Attributes by which `nn.Module` itself works.
-INTERNAL = frozenset(vars(nn.Module()))
+#: The attribute by which a copied module leads to the sandbox that it is in.
+BOX = "_moe_ext_box"
+
+#: Attributes by which `nn.Module` itself works, and ours.
+INTERNAL = frozenset((*vars(nn.Module()), BOX))
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name in INTERNAL if name.endswith("_hooks"))
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -142,7 +145,8 @@ class State:
                 continue
             elif has_attributes(value):
                 self.namespaces.append((path, vars(value), dict(vars(value))))
-            todo.extend((f"{path}.{n}" if path and n[:1] != "[" else f"{path}{n}", v) for n, v in _members(value) if type(v) not in _FIXED)
+            members = [(n, v) for n, v in _members(value) if type(v) not in _FIXED]
+            todo.extend((f"{path}.{n}" if path and n[:1] != "[" else f"{path}{n}", v) for n, v in reversed(members))
 
     def _visit_tensor(self, path: str, t: Tensor, contents: Callable[[Tensor], bool]) -> None:
         if type(t) not in _PLAIN_TENSORS or t.layout is not torch.strided:
