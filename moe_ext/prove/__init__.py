@@ -34,16 +34,16 @@ from .rule import (
     TOKENS,
     Proof,
     Results,
+    Runs,
     attempt,
-    away_from_kinks,
     count_of,
     detached,
     gradients,
-    judge,
+    judge_draws,
     prove_weights,
     sizes_of,
+    smooth_tokens,
     subset,
-    tokens_of,
     zeros_for_none,
 )
 
@@ -64,24 +64,26 @@ def prove_decorated(module: nn.Module, formula: Formula) -> Proof:
         weights = detached(weights)
         like, hidden, inner = sizes_of(weights, spec)
         experts = sorted({0, weights.num_experts // 2, weights.num_experts - 1})[:ACTIVE_EXPERTS]
-        x, index, w, grad = tokens_of(count_of(inner), hidden, len(experts), like)
         some = subset(weights, experts)
-        smooth = away_from_kinks(x, some, spec)
-        x, index, w, grad = (t[smooth] for t in (x, index, w, grad))
-        everywhere = torch.tensor(experts, device=like.device)[index]
 
-        def by(dtype: torch.dtype, compute: Callable[..., Tensor]) -> Results:
+        def by(dtype: torch.dtype, compute: Callable[..., Tensor], x: Tensor, w: Tensor, grad: Tensor) -> Results:
             inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w)]
             out = compute(*inputs)
             return {"output": out} | zeros_for_none(["hidden_states", "top_k_weights"], inputs, gradients(out, inputs, grad))
 
-        def plain(a: Tensor, b: Tensor) -> Tensor:
-            return reference.grouped_experts(a, index, b, some, spec)
+        def draw(number: int) -> Runs:
+            x, index, w, grad = smooth_tokens(some, spec, count_of(inner), number)
+            everywhere = torch.tensor(experts, device=like.device)[index]
 
-        with frozen(module):
-            old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b))
-        new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec))
-        proof = judge(old, new, by(like.dtype, plain), by(torch.float64, plain), terms=hidden + inner)
+            def plain(a: Tensor, b: Tensor) -> Tensor:
+                return reference.grouped_experts(a, index, b, some, spec)
+
+            with frozen(module):
+                old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b), x, w, grad)
+            new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec), x, w, grad)
+            return Runs(old, new, by(like.dtype, plain, x, w, grad), by(torch.float64, plain, x, w, grad))
+
+        proof = judge_draws(draw, terms=hidden + inner)
         if proof.reason is not None or not trainable:
             return proof
         more = prove_weights(weights, spec, trainable)
