@@ -16,6 +16,7 @@ from torch import nn
 
 from ._blocks import Block, Options, find_blocks
 from .integrations.run import decorated, patch
+from .integrations.state import State
 from .integrations.usable import DISABLE_VARIABLE, disabled_by_environment
 from .report import EnableError, EnableReport, NoExpertsFound
 
@@ -66,6 +67,7 @@ def enable(
         NoExpertsFound: If no module is a set of experts that moe_ext can compute. The message lists what was looked at.
         EnableError: If strict is set and any set of experts would be skipped. It holds the report.
         ValueError: If quantized is neither of the two.
+        RuntimeError: If the model's code, run on a copy, changed the model itself. The message names what; it was put back.
     """
     if quantized not in ("recompute", "cache"):
         raise ValueError(f"quantized={quantized!r} is neither 'recompute' nor 'cache'")
@@ -75,16 +77,21 @@ def enable(
 
 def _enable(model: nn.Module, strict: bool, options: Options) -> EnableReport:
     begin = time.perf_counter()
-    blocks = find_blocks(model)
-    report = _report(model, blocks)
+    state = State(model)
+    try:
+        blocks = find_blocks(model)
+        report = _report(model, blocks)
+        if not disabled_by_environment():
+            _require_experts(model, blocks)
+            for block in blocks:
+                block.prove(options)
+    finally:
+        _require_unchanged(model, state)
     if disabled_by_environment():
         report.note = f"{DISABLE_VARIABLE} is set: nothing was enabled"
         for block in blocks:
             block.refuse(block.report.reason or f"{DISABLE_VARIABLE} is set")
         return report
-    _require_experts(model, blocks)
-    for block in blocks:
-        block.prove(options)
     report.note = next((f"{block.report.module}: {note}" for block in blocks if (note := block.note(model)) is not None), None)
     report.seconds = time.perf_counter() - begin
     if strict and report.skipped:
@@ -148,6 +155,14 @@ def patched(model: nn.Module, **options: Any) -> Iterator[EnableReport]:
             if m not in before:
                 decorated.revert(m)
                 patch.revert(m)
+
+
+def _require_unchanged(model: nn.Module, state: State) -> None:
+    """Puts back what a proof has changed in the model, and raises an error with its name: no proof should."""
+    changed = state.put_back()
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise RuntimeError(f"a proof changed {', '.join(changed[:4])}{more} of {type(model).__name__}; it was put back, nothing is enabled")
 
 
 def _report(model: nn.Module, blocks: list[Block]) -> EnableReport:

@@ -54,7 +54,8 @@ def own_formula(module: nn.Module) -> Formula:
 def decorated_formula(module: nn.Module) -> Formula:
     """`own_formula` with the gate recognised, if it is one of `reference.activation`."""
     own = own_formula(module)
-    with sandbox(module):
+    with sandbox(module) as box:
+        module = box.module
         if own.spec.gated:
             # Without the flag the gate may be of either kind, and only one of them computes what it does.
             kinds = [own.spec] if hasattr(module, "is_concatenated") else [own.spec, replace(own.spec, interleaved=True)]

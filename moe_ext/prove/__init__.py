@@ -2,12 +2,13 @@
 
 On a few random tokens, forward and backward, in the block's own dtype: truth is the formula in float64, plain the formula in
 PyTorch (`moe_ext.reference`), old the block's own code, new ours. A block passes when old obeys the error rule (so the formula is
-what the block computes) and new obeys it. Nothing of it remains: not in the random state, buffers, gradients or flags, and no hook
-of the block is called.
+what the block computes) and new obeys it. All code runs on a copy of the block (`sandbox`), so the block stays as it is: its
+parameters, buffers, attributes, gradients and flags; and no hook of it is called.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from ..integrations.find.modules import Found, RoutedExperts, grouped_linears
 from ..integrations.formulas import Formula
 from ..integrations.run import decorated
 from ..integrations.run.patch import LinearReplacement, LoopReplacement, MethodReplacement, Replacement
-from ..integrations.sandbox import frozen, sandbox
+from ..integrations.sandbox import Box, frozen, run_in_sandbox, set_training
 from ..integrations.usable import Refused
 from .call import prove_call, prove_linear
 from .loop import prove_loop
@@ -33,16 +34,16 @@ from .rule import (
     TOKENS,
     Proof,
     Results,
+    Runs,
     attempt,
-    away_from_kinks,
     count_of,
     detached,
     gradients,
-    judge,
+    judge_draws,
     prove_weights,
     sizes_of,
+    smooth_tokens,
     subset,
-    tokens_of,
     zeros_for_none,
 )
 
@@ -52,7 +53,9 @@ META = "could not be proven: its weights are on the meta device"
 # -------------------------------------------------------------------------------------------------------------- decorated experts
 def prove_decorated(module: nn.Module, formula: Formula) -> Proof:
     """Old is the loop that the class was written with."""
-    with sandbox(module):
+
+    def prove(box: Box) -> Proof:
+        module = box.module
         weights = decorated.read_weights(module)
         trainable = any(t.requires_grad for t in weights.tensors())
         if any(t.is_meta for t in weights.tensors()):
@@ -61,28 +64,32 @@ def prove_decorated(module: nn.Module, formula: Formula) -> Proof:
         weights = detached(weights)
         like, hidden, inner = sizes_of(weights, spec)
         experts = sorted({0, weights.num_experts // 2, weights.num_experts - 1})[:ACTIVE_EXPERTS]
-        x, index, w, grad = tokens_of(count_of(inner), hidden, len(experts), like)
         some = subset(weights, experts)
-        smooth = away_from_kinks(x, some, spec)
-        x, index, w, grad = (t[smooth] for t in (x, index, w, grad))
-        everywhere = torch.tensor(experts, device=like.device)[index]
 
-        def by(dtype: torch.dtype, compute: Callable[..., Tensor]) -> Results:
+        def by(dtype: torch.dtype, compute: Callable[..., Tensor], x: Tensor, w: Tensor, grad: Tensor) -> Results:
             inputs = [t.to(dtype).clone().requires_grad_() for t in (x, w)]
             out = compute(*inputs)
             return {"output": out} | zeros_for_none(["hidden_states", "top_k_weights"], inputs, gradients(out, inputs, grad))
 
-        def plain(a: Tensor, b: Tensor) -> Tensor:
-            return reference.grouped_experts(a, index, b, some, spec)
+        def draw(number: int) -> Runs:
+            x, index, w, grad = smooth_tokens(some, spec, count_of(inner), number)
+            everywhere = torch.tensor(experts, device=like.device)[index]
 
-        with frozen(module):
-            old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b))
-        new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec))
-        proof = judge(old, new, by(like.dtype, plain), by(torch.float64, plain), terms=hidden + inner)
+            def plain(a: Tensor, b: Tensor) -> Tensor:
+                return reference.grouped_experts(a, index, b, some, spec)
+
+            with frozen(module):
+                old = by(like.dtype, lambda a, b: decorated.run_implementation(module, None, a, everywhere, b), x, w, grad)
+            new = by(like.dtype, lambda a, b: functional.grouped_experts(a, everywhere, b, weights, spec), x, w, grad)
+            return Runs(old, new, by(like.dtype, plain, x, w, grad), by(torch.float64, plain, x, w, grad))
+
+        proof = judge_draws(draw, terms=hidden + inner)
         if proof.reason is not None or not trainable:
             return proof
         more = prove_weights(weights, spec, trainable)
         return Proof(more.reason, proof.figures | more.figures)
+
+    return run_in_sandbox(module, prove)
 
 
 # --------------------------------------------------------------------------------------------------------- experts without decorator
@@ -93,22 +100,36 @@ def search_and_prove(found: RoutedExperts, hint: Sequence[MethodReplacement]) ->
     """
     if _is_meta(found):
         return [], Proof(META)
-    with sandbox(found.owner):
-        replacements, proof = _search(found, hint)
-        if not replacements and grouped_linears(found.module):
+
+    def search(box: Box) -> tuple[Sequence[Replacement], Proof]:
+        copied = replace(found, module=box.of(found.module), owner=box.module)
+        replacements, proof = _search(copied, hint)
+        if not replacements and grouped_linears(copied.module):
             # Experts that are handed no routing, but have a layer for each projection that is handed rows and counts.
-            linears, linear_proof = _prove_linears(found)
+            linears, linear_proof = _prove_linears(copied)
             if linears:
                 return linears, linear_proof
-        return replacements, proof
+        return [_without_the_copy(r) for r in replacements], proof
+
+    try:
+        return run_in_sandbox(found.owner, search)
+    except Refused as refused:
+        return [], Proof(str(refused))
+
+
+def _without_the_copy(replacement: MethodReplacement) -> MethodReplacement:
+    """The replacement for the module itself: its reader remembers no module that it has read."""
+    return replace(replacement, reader=copy.copy(replacement.reader))
 
 
 def prove_linears(found: Found) -> tuple[Sequence[Replacement], Proof]:
     """The replacements of the grouped linear layers of a block, if all of them are proven."""
     if _is_meta(found):
         return [], Proof(META)
-    with sandbox(found.module):
-        return _prove_linears(found)
+    try:
+        return run_in_sandbox(found.module, lambda box: _prove_linears(replace(found, module=box.module)))
+    except Refused as refused:
+        return [], Proof(str(refused))
 
 
 def _is_meta(found: Found) -> bool:
@@ -152,7 +173,7 @@ def _prove_at(found: RoutedExperts, replacement: MethodReplacement, site: Site, 
     weights: dict[bool, ExpertWeights] = {}
     refused: list[Refused] = []
     for mode in site.modes:
-        found.module.train(mode)
+        set_training([m.__dict__ for m in found.module.modules()], mode)
         try:
             weights[mode] = replacement.reader.read(found.module)
         except Refused as error:

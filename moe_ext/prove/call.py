@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..integrations.find.modules import RoutedExperts
 from ..integrations.run.patch import LinearReplacement, MethodReplacement, offsets
 from ..integrations.run.routing import Draw, Routing
 from ..integrations.sandbox import frozen, replaced, same_random
-from .rule import Proof, Results, count_of, detached, enlarged, gradients, judge, normal, plain_in, sizes_of, zeros_for_none
+from .rule import Proof, Results, Runs, count_of, detached, enlarged, gradients, judge_draws, normal, plain_in, sizes_of, zeros_for_none
 
 
 def prove_call(found: RoutedExperts, replacement: MethodReplacement, site: Site, weights: ExpertWeights, first: bool) -> Proof:
@@ -27,18 +28,19 @@ def prove_call(found: RoutedExperts, replacement: MethodReplacement, site: Site,
     weights = detached(weights)
     spec = replacement.formula.resolve(module)
     like = site.values[replacement.routing.hidden_states]
-    few, grad = _routed(replacement.routing, site.values, weights.num_experts, every=False)
-    every = _routed(replacement.routing, site.values, weights.num_experts, every=True)[0] if first else few
     leaves = replacement.routing.differentiable
     cls = type(module)
 
-    def by(values: Mapping[str, Any], dtype: torch.dtype, compute: Callable[[Mapping[str, Any]], Tensor], backward: bool) -> Results:
+    def by(
+        values: Mapping[str, Any], dtype: torch.dtype, compute: Callable[[Mapping[str, Any]], Tensor], grad: Tensor | None = None
+    ) -> Results:
+        backward = grad is not None
         cast = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and dtype != like.dtype else t for n, t in values.items()}
         inputs = {n: cast[n].clone().requires_grad_(backward) for n in leaves}
         with torch.set_grad_enabled(backward):
             given = {**cast, **inputs}
             out = compute({**given, **replacement.routing.spread(given, weights.num_experts)})
-        if not backward:
+        if grad is None:
             return {"output": out}
         return {"output": out} | zeros_for_none(leaves, list(inputs.values()), gradients(out, list(inputs.values()), grad))
 
@@ -64,34 +66,40 @@ def prove_call(found: RoutedExperts, replacement: MethodReplacement, site: Site,
     standins = frozen(module)
     for mode in site.modes:
         standins.train(mode)
-        large = every | {replacement.routing.hidden_states: enlarged(every[replacement.routing.hidden_states])}
-        for values in (every, large) if first else ():
-            quick = judge(
-                by(values, like.dtype, own, False),
-                {},
-                by(values, like.dtype, formula, False),
-                by(values, torch.float64, formula, False),
-                terms,
-            )
+
+        def forward(large: bool, draw: int) -> Runs:
+            values, _ = _routed(replacement.routing, site.values, weights.num_experts, True, draw)
+            if large:
+                values |= {replacement.routing.hidden_states: enlarged(values[replacement.routing.hidden_states])}
+            old = by(values, like.dtype, own)
+            return Runs(old, {}, by(values, like.dtype, formula), by(values, torch.float64, formula))
+
+        def both(draw: int) -> Runs:
+            values, grad = _routed(replacement.routing, site.values, weights.num_experts, False, draw)
+            old = by(values, like.dtype, own, grad)
+            with standins:
+                ours = standins.paused(functional.grouped_experts)
+                new = by(values, like.dtype, lambda v: replacement.compute(module, weights, ours, v), grad)
+                return Runs(old, new, by(values, like.dtype, formula, grad), by(values, torch.float64, formula, grad))
+
+        for large in (False, True) if first else ():
+            quick = judge_draws(partial(forward, large), terms)
             if quick.reason is not None:
                 return quick
-        old = by(few, like.dtype, own, True)
-        with standins:
-            new = by(few, like.dtype, lambda v: replacement.compute(module, weights, functional.grouped_experts, v), True)
-            one = judge(old, new, by(few, like.dtype, formula, True), by(few, torch.float64, formula, True), terms)
+        one = judge_draws(both, terms)
         proof = Proof(one.reason, proof.figures | one.figures)
         if proof.reason is not None:
             return proof
     return proof
 
 
-def _routed(routing: Routing, template: Mapping[str, Any], experts: int, every: bool) -> tuple[dict[str, Any], Tensor]:
+def _routed(routing: Routing, template: Mapping[str, Any], experts: int, every: bool, draw: int) -> tuple[dict[str, Any], Tensor]:
     """`template` with random hidden states and a random routing to few experts, or every, in it, and a gradient for the result."""
     like = template[routing.hidden_states]
-    x, grad = normal(like.shape, like, 0), normal(like.shape, like, 1)
+    x, grad = (normal(like.shape, like, seed, draw) for seed in (0, 1))
     rows, top_k = x.numel() // x.shape[-1], routing.top_k(template)
     used = (*(range(experts) if every else sorted({0, experts // 2, experts - 1})), *([experts] if routing.beyond else []))
-    generator = torch.Generator("cpu").manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3 + 10 * draw)
     order = torch.rand(rows, max(top_k, len(used)), generator=generator).argsort(dim=1)[:, :top_k] % len(used)
     index = torch.tensor(used)[order].to(like.device)
     values = {**template, routing.hidden_states: x}
@@ -106,20 +114,20 @@ def prove_linear(module: nn.Module, replacement: LinearReplacement) -> Proof:
     used = sorted({0, experts // 2, experts - 1})
     counts = torch.zeros(experts, dtype=torch.int64)
     counts[used] = torch.tensor([rows // len(used)] * (len(used) - 1) + [rows - rows // len(used) * (len(used) - 1)])
-    x, grad = normal((rows, width), weight, 0), normal((rows, weight.numel() // experts // width), weight, 1)
 
     def formula(a: Tensor, w: Tensor) -> Tensor:
         parts = a.split(counts.tolist())
         return torch.cat([part @ (w[e] if replacement.transposed else w[e].T) for e, part in enumerate(parts)])
 
-    def by(dtype: torch.dtype, compute: Callable[..., Tensor]) -> Results:
+    def by(draw: int, dtype: torch.dtype, compute: Callable[..., Tensor]) -> Results:
+        x, grad = normal((rows, width), weight, 0, draw), normal((rows, weight.numel() // experts // width), weight, 1, draw)
         inputs = [x.to(dtype).clone().requires_grad_(), weight.detach().to(dtype).requires_grad_(weight.requires_grad)]
         out = compute(*inputs)
         wanted = [t for t in inputs if t.requires_grad]
         return {"output": out} | zeros_for_none(["input", "weight"][: len(wanted)], wanted, gradients(out, wanted, grad))
 
     def own(a: Tensor, w: Tensor) -> Tensor:
-        with replaced([(module, replacement.weight, w)]):
+        with frozen(module), replaced([(module, replacement.weight, w)]):
             try:
                 return type(module).forward(module, a, counts.tolist())
             except (TypeError, AttributeError):  # it wants a tensor
@@ -128,4 +136,8 @@ def prove_linear(module: nn.Module, replacement: LinearReplacement) -> Proof:
     def ours(a: Tensor, w: Tensor) -> Tensor:
         return functional.ops.grouped_mm(a, w, offsets(counts, a), transposed=replacement.transposed)
 
-    return judge(by(weight.dtype, own), by(weight.dtype, ours), by(weight.dtype, formula), by(torch.float64, formula), terms=width)
+    def runs(draw: int) -> Runs:
+        old, new, plain = (by(draw, weight.dtype, compute) for compute in (own, ours, formula))
+        return Runs(old, new, plain, by(draw, torch.float64, formula))
+
+    return judge_draws(runs, terms=width)

@@ -15,7 +15,8 @@ from ..integrations.find.candidates import LoopSite
 from ..integrations.find.modules import RoutedExperts
 from ..integrations.run.patch import LoopReplacement
 from ..integrations.sandbox import frozen, replaced, same_random
-from .rule import ACTIVE_EXPERTS, Proof, Results, count_of, enlarged, gradients, judge, normal, plain_in, sizes_of, subset
+from ..integrations.usable import Refused
+from .rule import ACTIVE_EXPERTS, Proof, Results, Runs, count_of, enlarged, gradients, judge_draws, normal, plain_in, sizes_of, subset
 
 
 def prove_loop(found: RoutedExperts, replacement: LoopReplacement, site: LoopSite, weights: ExpertWeights, first: bool) -> Proof:
@@ -28,9 +29,12 @@ def prove_loop(found: RoutedExperts, replacement: LoopReplacement, site: LoopSit
     proof = Proof()
     for training in site.modes:
         block.standins.train(training)
-        every = block.covering_tokens() if first else None
-        more = () if every is None else (every, enlarged(every))
-        one = next((p for x in more if (p := block.prove(x, False)).reason is not None), None) or block.prove(block.tokens, training)
+        more = (block.covering_tokens, lambda draw: enlarged(block.covering_tokens(draw))) if first else ()
+        try:
+            one = next((p for tokens in more if (p := block.prove(tokens, False)).reason is not None), None)
+            one = one or block.prove(block.tokens, training)
+        except Refused as refused:
+            one = Proof(str(refused))
         mode = "training" if training else "evaluation"
         proof.figures |= {f"{name}, {mode}": report for name, report in one.figures.items()}
         if one.reason is not None:
@@ -47,18 +51,24 @@ class _Block:
         self.rest = (None,) * site.nones
         like, self.hidden, inner = sizes_of(subset(weights, [0]), replacement.formula.spec)
         self.plain = plain_in(weights, replacement.formula.spec)
-        like = site.values[replacement.routing.hidden_states]
+        self.like = site.values[replacement.routing.hidden_states]
         self.terms = self.hidden + inner
         self.experts = weights.num_experts
-        x = _related_tokens(self.hidden, count_of(inner), like)
-        self.tokens = x if site.dims == 3 else x.flatten(0, 1)
+        self.count, self.dims = count_of(inner), site.dims
 
-    def prove(self, x: Tensor, backward: bool) -> Proof:
+    def tokens(self, draw: int) -> Tensor:
+        x = _related_tokens(self.hidden, self.count, self.like, draw)
+        return x if self.dims == 3 else x.flatten(0, 1)
+
+    def prove(self, tokens: Callable[[int], Tensor], backward: bool) -> Proof:
         names = self._trainable_names() if backward else []
+        return judge_draws(lambda draw: self._runs(tokens(draw), names, backward), self.terms)
+
+    def _runs(self, x: Tensor, names: list[str], backward: bool) -> Runs:
         old_rest, old = self._run(x, names, backward, lambda leaf: type(self.block).forward(self.block, leaf, *self.rest))
         new_rest, new = self._run(x, names, backward, self._through(functional.grouped_experts))
         if not _same(old_rest, new_rest):
-            return Proof(
+            raise Refused(
                 "its formula is another than the one detected: beside the hidden states its own code returns, keeps or draws other things"
             )
         plain = self._run(x, names, backward, self._through(self.plain))[1]
@@ -66,7 +76,7 @@ class _Block:
         outside = [n for n in truth if n.removeprefix("gradient of ") in {n for n in names if not _is_of(self.found, n)}]
         exact_results = _together(truth, outside, truth, torch.float64)
         old, new, plain = (_together(results, outside, truth) for results in (old, new, plain))
-        return judge(old, new, plain, exact_results, self.terms)
+        return Runs(old, new, plain, exact_results)
 
     def _run(self, x: Tensor, names: Sequence[str], backward: bool, compute: Callable[..., Any]) -> tuple[list[Any], Results]:
         """What the block returns beside its output, writes into its buffers and attributes, and draws; and the results to be judged."""
@@ -88,7 +98,8 @@ class _Block:
     def _through(self, compute: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
         def call(leaf: Tensor) -> Any:
             args = (leaf, *self.rest)
-            return self.replacement.run(self.block, self.replacement.read(self.block, args, {}), args, {}, compute)
+            weights = self.replacement.read(self.block, args, {})
+            return self.replacement.run(self.block, weights, args, {}, self.standins.paused(compute))
 
         return call
 
@@ -104,19 +115,19 @@ class _Block:
             self._through(watch)(x.clone())
         return seen[0]
 
-    def covering_tokens(self) -> Tensor:
+    def covering_tokens(self, draw: int) -> Tensor:
         """The usual tokens and, for every expert that is chosen by any of many others, one that chooses it."""
-        many = normal((1, 16 * self.experts, self.hidden), self.tokens, 3)
-        index = self._routing_of(many if self.tokens.dim() == 3 else many[0])
+        many = normal((1, 16 * self.experts, self.hidden), self.like, 3, draw)
+        index = self._routing_of(many if self.dims == 3 else many[0])
         rows = {int((index == e).any(dim=1).int().argmax()) * many.shape[1] // len(index) for e in index.unique().tolist()}
-        usual = self.tokens.reshape(1, -1, self.hidden)
+        usual = self.tokens(draw).reshape(1, -1, self.hidden)
         x = torch.cat((usual[:, : len(rows)], many[:, sorted(rows)]), dim=1)
-        return x if self.tokens.dim() == 3 else x[0]
+        return x if self.dims == 3 else x[0]
 
     def _trainable_names(self) -> list[str]:
         """Parameters whose gradients are proven, where they need gradients: of the experts with the most tokens, and all others."""
         experts = list(self.found.experts()._modules)
-        ids = self._routing_of(self.tokens).flatten()
+        ids = self._routing_of(self.tokens(0)).flatten()
         counts = torch.bincount(ids[(ids >= 0) & (ids < len(experts))], minlength=len(experts))
         busiest = {experts[e] for e in counts.argsort(descending=True, stable=True)[:ACTIVE_EXPERTS].tolist()}
         named = [n for n, p in self.block.named_parameters() if p.requires_grad]
@@ -162,9 +173,9 @@ def _same(old: Sequence[Any], new: Sequence[Any]) -> bool:
     )
 
 
-def _related_tokens(hidden: int, tokens: int, like: Tensor) -> Tensor:
+def _related_tokens(hidden: int, tokens: int, like: Tensor, draw: int) -> Tensor:
     """hidden_states `[2,T/2,H]`. The tokens of a row are alike, so that the router sends them to few experts."""
-    return normal((2, 1, hidden), like, 0) + 0.25 * normal((2, tokens // 2, hidden), like, 1)
+    return normal((2, 1, hidden), like, 0, draw) + 0.25 * normal((2, tokens // 2, hidden), like, 1, draw)
 
 
 def _by_kind(found: RoutedExperts, names: Sequence[str], leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Results:

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..formulas import activation_name
 from ..run import listed
-from ..sandbox import sandbox
+from ..sandbox import isolated
+from ..state import Copies
 from ..usable import Refused, require_own_method
 
 
@@ -69,11 +70,12 @@ def _differs(first: nn.Module, other: nn.Module) -> str | None:
 def require_known_activation(container: nn.Module) -> None:
     """Raises Refused for a list whose experts have an `act_fn` that is none of ours, or several of them."""
     names: dict[int, str] = {}
-    with sandbox(container):
+    copies = Copies()
+    with isolated(container.parameters()):
         for expert in listed.members(container):
             act_fn = getattr(expert, "act_fn", None)
             if act_fn is not None and id(act_fn) not in names:
-                name = activation_name(act_fn)
+                name = activation_name(copies.of(act_fn))
                 if name is None:
                     raise Refused(f"act_fn {getattr(act_fn, '__name__', type(act_fn).__name__)} of its experts is not known")
                 names[id(act_fn)] = name

@@ -20,7 +20,7 @@ from ..run import bitsandbytes, loop_rewrite
 from ..run.listed import ListedReader
 from ..run.patch import LinearReplacement, LoopReplacement, MethodReplacement, Reader, parameters_of
 from ..run.routing import readings
-from ..sandbox import frozen, same_random
+from ..sandbox import frozen, same_random, set_training
 from ..usable import Refused
 from .modules import RoutedExperts
 
@@ -149,8 +149,8 @@ def _watch(found: RoutedExperts, names: Sequence[str], args: tuple[Any, ...], tr
 
         return record
 
-    owner.train(training)
-    with _instead(module, {name: recorder(name) for name in names}), torch.no_grad(), frozen(owner), same_random():
+    set_training([m.__dict__ for m in owner.modules()], training)
+    with torch.no_grad(), frozen(owner), same_random(), _instead(module, {name: recorder(name) for name in names}):
         type(owner).forward(owner, args[0].clone(), *args[1:])
     return calls
 
@@ -161,7 +161,7 @@ def _loop(found: RoutedExperts, args: tuple[Any, ...], training: bool) -> LoopSi
         raise Refused(f"its forward is not called with a routing by {type(found.owner).__name__}")
     module = found.module
     count = loop_rewrite.find(type(module), "forward", found.container)
-    module.train(training)
+    set_training([m.__dict__ for m in module.modules()], training)
     for number in range(count):
         with torch.no_grad(), frozen(module), same_random():
             values = loop_rewrite.observe(module, "forward", found.container, number, args[0].clone(), *args[1:])
