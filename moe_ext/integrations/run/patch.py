@@ -71,13 +71,17 @@ class MethodReplacement:
         """Which code of `module` is not run any more."""
         return Scope((self.attribute,), self._read_anew())
 
+    def remember(self, module: nn.Module) -> None:
+        """Keeps what its formula was read from, at the end of the proof."""
+        self.basis = Basis(self.scope(module))
+        self.basis.remember(module)
+
     def _read_anew(self) -> frozenset[str]:
         return self.formula.read_anew | ({self.reader.container} if isinstance(self.reader, ListedReader) else set())
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertWeights:
-        if self.basis is None:
-            self.basis = Basis(self.scope(module))
-        self.basis.require(module)
+        if self.basis is not None:
+            self.basis.require(module)
         like = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)
         return self.reader.read(module, like)
 
@@ -242,6 +246,8 @@ def is_enabled(module: nn.Module) -> bool:
 def apply(module: nn.Module, replacement: Replacement) -> None:
     """Takes over; where a patch of ours is there already, below other wrappers or not, that one is switched on again."""
     module = module.get_submodule(replacement.child)
+    if isinstance(replacement, MethodReplacement):
+        replacement.remember(module)
     attribute, patch = replacement.attribute, Patch(module, replacement)
     ours = patches_of(module).get(attribute)
     if ours is not None:

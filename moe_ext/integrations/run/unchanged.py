@@ -186,13 +186,14 @@ class Reading:
 
     def module(self, module: nn.Module) -> Kind:
         """The kind of a module, with the children that its code names."""
-        self._root = getattr(type(module), self.scope.roots[0], None)
-        readings = self.readings(module, self.scope.roots, self.scope.only)
-        names = self.names(type(module), self.scope.roots)
+        cls, root = class_of(module), self.scope.roots[0]
+        self._root = getattr(cls, root, None)
+        readings = self.readings(module, self.scope.roots, self.scope.only, root)  # ours, or a wrapper that has called us
+        names = self.names(cls, self.scope.roots)
         names = names if self.scope.only is None else names & self.scope.only
         whole = isinstance(module, _CONTAINERS) or "getattr" in names
         wanted = [n for n in module._modules if (whole or n in names) and n not in self.scope.skip]
-        return type(module), readings, self.children(module, wanted)
+        return cls, readings, self.children(module, wanted)
 
     def expert(self, module: nn.Module, projections: frozenset[str]) -> Kind:
         """The kind of an expert, with its children but for the projections."""
@@ -218,12 +219,12 @@ class Reading:
             self.hooked = f"its {name}"
         return type(module), self.readings(module, ("forward",), None), self.children(module, module._modules)
 
-    def readings(self, instance: Any, roots: tuple[str, ...], only: frozenset[str] | None) -> Readings:
+    def readings(self, instance: Any, roots: tuple[str, ...], only: frozenset[str] | None, but: str = "") -> Readings:
         """What the code of its class reads from an instance, other than tensors and modules."""
-        names = self.names(type(instance), roots)
+        names = self.names(class_of(instance), roots)
         state = vars(instance)
         found, keys = [], []
-        counted = (names if only is None else names & only) - self.scope.skip
+        counted = (names if only is None else names & only) - self.scope.skip - {but}
         for name, value in state.items():
             if name not in counted or isinstance(value, (Tensor, nn.Module)):
                 continue
@@ -300,6 +301,12 @@ class Reading:
         return names + more
 
 
+def class_of(instance: Any) -> type:
+    """The class whose code an instance has: a parametrization puts one of its own before that."""
+    cls = type(instance)
+    return cls.__bases__[0] if isinstance(instance, nn.Module) and "parametrizations" in instance._modules else cls
+
+
 def _functions(value: Any) -> list[types.FunctionType]:
     """The plain functions in a method, property or wrapper, and those that they were put around."""
     found: list[types.FunctionType] = []
@@ -346,7 +353,7 @@ def portable(value: Any, depth: int = 2) -> Any:
     if value is None or type(value) in _SIMPLE:
         return value
     if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
+        return "value", str(value)
     if isinstance(value, (tuple, list, set)) and len(value) <= 64:
         return type(value).__name__, tuple(portable(v, depth) for v in value)
     if isinstance(value, dict) and len(value) <= 64 and depth:
@@ -361,8 +368,8 @@ def portable(value: Any, depth: int = 2) -> Any:
     if isinstance(value, functools.partial):
         return "partial", portable(value.func, depth), portable(value.args, depth), portable(value.keywords, depth)
     if isinstance(value, (type, types.BuiltinFunctionType)):
-        return f"{value.__module__}.{value.__qualname__}"
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+        return "name", f"{value.__module__}.{value.__qualname__}"
+    return "instance of", f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def digest(code: types.CodeType) -> str:
@@ -436,6 +443,8 @@ class ModuleLook(_Look):
         state = module.__dict__
         if self.registered != RemovableHandle.next_id:
             self._read_hooks(self.states)
+            if self.before is not None:
+                return False
         try:
             return (
                 self.ref() is module
