@@ -31,6 +31,12 @@ class Formula:
     def path(self) -> str:
         return "composed" if self.own_gate or self.own_post_norm else "fused"
 
+    @property
+    def read_anew(self) -> frozenset[str]:
+        """The attributes of the module whose code is called as it is at each call: no formula was read from it."""
+        gate = {"_apply_gate", "act_fn"} if self.own_gate else set()
+        return frozenset(gate | ({"post_expert_norm"} if self.own_post_norm else set()))
+
     def with_recompute(self, recompute: bool) -> Formula:
         return replace(self, spec=replace(self.spec, recompute=recompute))
 

@@ -23,6 +23,7 @@ RANKS = {
     "integrations.__init__": 5, "integrations.run.__init__": 5, "integrations.find.__init__": 5,
     "integrations.transformers_facts": 5, "integrations.usable": 5, "integrations.after_import": 5, "integrations.state": 5,
     "integrations.run.bitsandbytes": 6, "integrations.run.peft": 6, "integrations.run.stacks": 6, "integrations.run.routing": 6,
+    "integrations.run.unchanged": 6,
     "integrations.sandbox": 7, "integrations.run.listed": 7, "integrations.run.loop_rewrite": 7,
     "integrations.formulas": 8, "integrations.run.patch": 9, "integrations.run.decorated": 9,
     # Finding stands above all that runs at each call.

@@ -23,6 +23,7 @@ from .. import formulas, transformers_facts
 from ..after_import import after_import
 from ..usable import Refused, log_once, require_enabled, require_own_method, require_plain, require_usable
 from . import peft
+from .unchanged import Basis, Scope
 
 #: The name in transformers' registry of experts implementations.
 IMPLEMENTATION = "moe_ext"
@@ -121,16 +122,14 @@ class Plan(ABC):
 
 @dataclass
 class Enabled(Plan):
-    """Ours runs, by this formula, as long as its act_fn is of that class."""
+    """Ours runs, by this formula, as long as what it was read from does not change."""
 
     formula: formulas.Formula
-    act_fn: type
+    basis: Basis
 
     def read(self, module: nn.Module, hidden_states: Tensor) -> StackedWeights:
         require_enabled()
-        act_fn = getattr(module, "act_fn", None)
-        if type(act_fn) is not self.act_fn and not self.formula.own_gate:
-            raise Refused(f"its act_fn is another than when it was enabled, a {type(act_fn).__name__}")
+        self.basis.require(module)
         return read_adapted(module, hidden_states)
 
     def run(self, module: nn.Module, weights: StackedWeights, *args: Tensor) -> Tensor:
@@ -157,7 +156,9 @@ def plan_of(module: nn.Module) -> Plan | None:
 
 
 def plan_for(module: nn.Module, formula: formulas.Formula, previous: str | None) -> Enabled:
-    return Enabled(previous, formula, type(getattr(module, "act_fn", None)))
+    basis = Basis(Scope(("forward", "_apply_gate"), skip=formula.read_anew))
+    basis.remember(module)
+    return Enabled(previous, formula, basis)
 
 
 def is_enabled(module: nn.Module) -> bool:
@@ -266,7 +267,7 @@ def _plan_on_first_use(module: nn.Module) -> Plan:
     """The plan of a module that was given the name "moe_ext" without `enable`: detected, but not proven."""
     if torch.compiler.is_compiling():
         # The formula cannot be probed inside a graph; the module's own functions need no probing.
-        return Enabled(None, formulas.own_formula(module), type(None))
+        return Enabled(None, formulas.own_formula(module), Basis())
     try:
         plan: Plan = plan_for(module, formula_of(module), IMPLEMENTATION)
     except Refused as refused:

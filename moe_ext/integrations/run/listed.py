@@ -8,26 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import attrgetter, contains, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 from ...experts import ListedWeights
 from ..usable import Refused, is_hooked, require_usable
 from . import bitsandbytes, peft
+from .unchanged import Basis, ListLook
 
 #: gate, up and down projection of one expert, by the names that model code uses; other names are told apart by the proof.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = {nn.Parameter, Tensor}
 _dtype_of, _device_of, _is_cpu = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
-_modules_of, _parameters_of, _weight_of, _bias_of = map(itemgetter, ("_modules", "_parameters", "weight", "bias"))
+_parameters_of, _weight_of, _bias_of = map(itemgetter, ("_parameters", "weight", "bias"))
 
 
 @dataclass
@@ -36,7 +34,8 @@ class ListedReader:
 
     container: str
     projections: tuple[str | None, str, str]
-    _proven: frozenset[tuple[type, ...]] | None = field(default=None, repr=False, compare=False)
+    #: What the formula of the experts was read from, when it was proven.
+    basis: Basis = field(default_factory=Basis, repr=False, compare=False)
     _snapshot: _Snapshot | None = field(default=None, repr=False, compare=False)
     #: Dense copies of 4-bit weights, where the user wants them kept between calls.
     cache: bitsandbytes.DenseCache | None = field(default=None, repr=False, compare=False)
@@ -52,20 +51,18 @@ class ListedReader:
             weights = snapshot.weights(container, like)
             if weights is not None:
                 return weights
+            self._snapshot = None
         found = collect_linears(container, self.projections)
-        self._require_proven(_kinds(container, self.projections))
+        experts = [m for m in container._modules.values() if m is not None]
+        if compiling:
+            self.basis.require_traced(experts)
+        else:
+            look = self.basis.require_list(experts, [n for n in self.projections if n is not None])
         if all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
             if not compiling:
-                self._snapshot = _Snapshot(container, found)
+                self._snapshot = _Snapshot(look, experts, found, self.projections)
             return _plain(found, like)
         return _weights(found, lambda linears: _projection(linears, like, self.cache))
-
-    def _require_proven(self, kinds: frozenset[tuple[type, ...]]) -> None:
-        if self._proven is None:
-            self._proven = kinds  # the first to read is the proof
-        elif not kinds <= self._proven:
-            other = " with a ".join(cls.__name__ for cls in next(iter(kinds - self._proven)))
-            raise Refused(f"an expert is a {other}, which none was when it was proven")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_snapshot": None}  # a copy has modules of its own
@@ -122,14 +119,6 @@ def _child(container: nn.Module, expert: nn.Module, name: str) -> nn.Module:
     return child
 
 
-def _kinds(container: nn.Module, projections: tuple[str | None, str, str]) -> frozenset[tuple[type, ...]]:
-    """What decides on the formula of an expert: its class, and the classes of its children other than the projections."""
-    return frozenset(
-        (type(expert), *(type(child) for name, child in expert._modules.items() if name not in projections))
-        for expert in container._modules.values()
-    )
-
-
 _T = TypeVar("_T")
 #: The matrices of one projection of all experts, and their biases.
 _Projected: TypeAlias = tuple[Any, Any]
@@ -173,42 +162,22 @@ def _projection(linears: list[nn.Module], like: Tensor | None, cache: bitsandbyt
 
 
 class _Snapshot:
-    """What the last look found, in a form in which "nothing has changed" is a few loops without bytecode.
-
-    Modules, their classes and children, hooks, forwards on instances and parameters are compared with what they were; classes, dtypes
-    and devices of the tensors are looked at in each call. A list is compared with another by identity, item by item.
+    """What the last look found at plain linear layers. Where they are is compared with what it was (`ListLook`), and the classes, dtypes and
+    devices of their tensors are looked at in each call. No module or tensor is kept alive.
     """
 
-    def __init__(self, container: nn.Module, found: _Linears) -> None:
-        self.experts = [m for m in container._modules.values() if m is not None]
-        self.expert_types = list(map(type, self.experts))
-        self.expert_states = [m.__dict__ for m in self.experts]
-        self.children = [dict(m._modules) for m in self.experts]
-        self.linears = [m for linears in found if linears is not None for m in linears]
-        self.linear_states = [m.__dict__ for m in self.linears]
-        self.states = [*self.expert_states, *(child.__dict__ for d in self.children for child in d.values() if child is not None)]
+    def __init__(self, look: ListLook, experts: list[nn.Module], found: _Linears, projections: tuple[str | None, str, str]) -> None:
+        self.look = look
         self.parts = sum(linears is not None for linears in found)
-        self._read_hooks()
-
-    def _read_hooks(self) -> None:
-        """The dictionaries of hooks. They may be replaced, which shows in them only when the next hook is registered."""
-        self.registered = RemovableHandle.next_id
-        self.hooks = [state[name] for state in self.states for name in _HOOKS]
+        places = {id(m): i for i, m in enumerate(m for expert in experts for m in expert._modules.values() if m is not None)}
+        self.pick = itemgetter(*(places[id(m)] for linears in found if linears is not None for m in linears))
 
     def weights(self, container: nn.Module, like: Tensor | None) -> ListedWeights | None:
         """The weights, or None if another look is needed."""
-        if self.registered != RemovableHandle.next_id:
-            self._read_hooks()
-        if not (
-            list(container._modules.values()) == self.experts
-            and list(map(type, self.experts)) == self.expert_types
-            and list(map(_modules_of, self.expert_states)) == self.children
-            and list(map(type, self.linears)).count(nn.Linear) == len(self.linears)
-            and not any(self.hooks)
-            and not any(map(contains, self.states, repeat("forward")))
-        ):
+        states = self.look.states([m for m in container._modules.values() if m is not None])
+        if states is None or len(states) < 2:
             return None
-        parameters = list(map(_parameters_of, self.linear_states))
+        parameters = list(map(_parameters_of, self.pick(states[1])))
         try:
             weights, biases = list(map(_weight_of, parameters)), list(map(_bias_of, parameters))
         except KeyError:  # replicas and pruned layers hold them elsewhere

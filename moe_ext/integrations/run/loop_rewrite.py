@@ -62,7 +62,7 @@ def observe(module: nn.Module, attribute: str, container: str, number: int, *arg
         raise _Reached
 
     cls: Any = type(module)
-    method = _probed(cls, attribute, container, number)
+    method = _probed(cls, attribute, container, number, *_version(cls, attribute))
     try:
         method(module, *args, **{_PROBE: probe})
     except _Reached:
@@ -93,12 +93,22 @@ def candidates(
 
 
 # -------------------------------------------------------------------------------------------------------------------------- source
-@functools.lru_cache(maxsize=256)
 def without(cls: Any, attribute: str, container: str, loop: Loop, routing: Routing) -> Callable[..., Any]:
     """The method with its loop replaced by a call of its keyword argument `experts`.
 
     That is given the values that hold the routing, by name, and returns rows in the shape of the hidden states.
     """
+    return _without(cls, attribute, container, loop, routing, *_version(cls, attribute))
+
+
+def _version(cls: Any, attribute: str) -> tuple[Any, Any]:
+    """What is another one when a method is patched, on the class or in place: a copy of its code is kept by that."""
+    function = getattr(cls, attribute)
+    return function, getattr(function, "__code__", None)
+
+
+@functools.lru_cache(maxsize=256)
+def _without(cls: Any, attribute: str, container: str, loop: Loop, routing: Routing, *version: Any) -> Callable[..., Any]:
     names = [*routing.names, *([loop.result] if loop.keeps or loop.adds else [])]
     function = _source(cls, attribute)
     body, node = _loops(function, container)[loop.number]
@@ -110,7 +120,7 @@ def without(cls: Any, attribute: str, container: str, loop: Loop, routing: Routi
 
 
 @functools.lru_cache(maxsize=256)
-def _probed(cls: Any, attribute: str, container: str, number: int) -> Callable[..., Any]:
+def _probed(cls: Any, attribute: str, container: str, number: int, *version: Any) -> Callable[..., Any]:
     """The method with a call of its keyword argument `probe` before a loop, which is given the local variables."""
     function = _source(cls, attribute)
     body, node = _loops(function, container)[number]
@@ -187,6 +197,33 @@ def tensors_read(module: nn.Module, attribute: str, container: str, number: int)
     loop = _loops(_source(cls, attribute), container)[number][1]
     names = {n.attr for n in ast.walk(loop) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"}
     return sorted(name for name in names if isinstance(getattr(module, name, None), Tensor))
+
+
+def attributes_read(cls: Any, attribute: str, container: str, loop: Loop, routing: Routing) -> frozenset[str]:
+    """Attributes of the module's own, and names of other variables, that a loop reads, itself or through what was made from them before it.
+
+    What holds the routing is read anew at each call, and so is whatever it was made from.
+    """
+    function = _source(cls, attribute)
+    node = _loops(function, container)[loop.number][1]
+    made: dict[str, list[ast.AST]] = {}
+    for statement in ast.walk(function):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.NamedExpr)):
+            for name in {n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)}:
+                made.setdefault(name, []).append(statement)
+    found: set[str] = set()
+    seen = {*routing.names, loop.result, "self"}
+    waiting: list[ast.AST] = [node]
+    while waiting:
+        for n in ast.walk(waiting.pop()):
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self":
+                found.add(n.attr)
+            elif isinstance(n, ast.Name) and n.id not in seen:
+                seen.add(n.id)
+                found.add(n.id)
+                waiting += [s for s in made.get(n.id, ()) if s is not node]
+    return frozenset(found - {container})
 
 
 def _unread(function: ast.FunctionDef, body: list[ast.stmt]) -> list[ast.stmt]:

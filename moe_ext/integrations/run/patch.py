@@ -7,7 +7,9 @@ runs, and the reason is logged once.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +27,7 @@ from .listed import ListedReader
 from .loop_rewrite import Loop
 from .routing import Routing
 from .stacks import SeparateReader, StackedReader
+from .unchanged import Basis, Scope
 
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
 Reader: TypeAlias = StackedReader | SeparateReader | ListedReader
@@ -58,12 +61,27 @@ class MethodReplacement:
     routing: Routing
     without_gradient: bool = field(default=False, kw_only=True)  # the method computes under no_grad
     child: str = field(default="", kw_only=True)
+    basis: Basis | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> str:
         return self.formula.path
 
+    def scope(self, module: nn.Module) -> Scope:
+        """Which code of `module` is not run any more."""
+        return Scope((self.attribute,), self._read_anew())
+
+    def remember(self, module: nn.Module) -> None:
+        """Keeps what its formula was read from, at the end of the proof."""
+        self.basis = Basis(self.scope(module))
+        self.basis.remember(module)
+
+    def _read_anew(self) -> frozenset[str]:
+        return self.formula.read_anew | ({self.reader.container} if isinstance(self.reader, ListedReader) else set())
+
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertWeights:
+        if self.basis is not None:
+            self.basis.require(module)
         like = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)
         return self.reader.read(module, like)
 
@@ -100,10 +118,14 @@ class LoopReplacement(MethodReplacement):
 
     reader: ListedReader
     loop: Loop
-    _method: tuple[type, Callable[..., Any]] | None = field(default=None, repr=False, compare=False, kw_only=True)
+    _method: tuple[Any, Callable[..., Any]] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_method": None}  # it is made of code, which cannot be pickled
+
+    def scope(self, module: nn.Module) -> Scope:
+        only = loop_rewrite.attributes_read(type(module), self.attribute, self.reader.container, self.loop, self.routing)
+        return Scope((self.attribute,), self._read_anew(), only)
 
     def run(
         self,
@@ -113,9 +135,10 @@ class LoopReplacement(MethodReplacement):
         kwargs: dict[str, Any],
         compute: Compute | None = None,
     ) -> Any:
-        if self._method is None or self._method[0] is not type(module):  # kept here, where a compiler sees it without making it anew
-            cls: Any = type(module)
-            self._method = cls, loop_rewrite.without(cls, self.attribute, self.reader.container, self.loop, self.routing)
+        cls: Any = type(module)
+        code = getattr(cls, self.attribute).__code__
+        if self._method is None or self._method[0] is not code:  # kept here, where a compiler sees it without making it anew
+            self._method = code, loop_rewrite.without(cls, self.attribute, self.reader.container, self.loop, self.routing)
         experts = partial(self.compute, module, weights, compute or functional.grouped_experts)
         return self._method[1](module, *args, **kwargs, experts=experts)
 
@@ -155,11 +178,40 @@ def offsets(counts: Any, like: Tensor) -> Tensor:
     return torch.cat((n.new_zeros(1), n.cumsum(0))).to(torch.int32)
 
 
-class Patch:
-    """The callable put on the instance. It holds the module, not its weights, and is copied and pickled with it."""
+class _OnInstance:
+    """A callable that is an attribute of a module. It does not keep the module alive, and belongs to the copy when that is copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def moe_ext_module(self) -> nn.Module:
+        """The module it belongs to; raises ReferenceError where that is gone."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module that moe_ext enabled is gone; call moe_ext.enable on the copy that is left")
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_module": self.moe_ext_module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_module": weakref.ref(state["_module"])})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        module = self.moe_ext_module
+        # Without its module it is copied as a function is: it goes on belonging to the one that is there.
+        state = {name: value for name, value in self.__dict__.items() if name != "_module"}
+        twin.__setstate__(copy.deepcopy(state, memo) | {"_module": memo.get(id(module), module)})
+        return twin
+
+
+class Patch(_OnInstance):
+    """The callable put on the instance. The weights are not kept in it."""
 
     def __init__(self, module: nn.Module, replacement: Replacement) -> None:
-        self.moe_ext_module = module
+        super().__init__(module)
         self.replacement = replacement
         self.active = True
 
@@ -194,6 +246,8 @@ def is_enabled(module: nn.Module) -> bool:
 def apply(module: nn.Module, replacement: Replacement) -> None:
     """Takes over; where a patch of ours is there already, below other wrappers or not, that one is switched on again."""
     module = module.get_submodule(replacement.child)
+    if isinstance(replacement, MethodReplacement):
+        replacement.remember(module)
     attribute, patch = replacement.attribute, Patch(module, replacement)
     ours = patches_of(module).get(attribute)
     if ours is not None:
@@ -201,7 +255,7 @@ def apply(module: nn.Module, replacement: Replacement) -> None:
         return
     module.__dict__.setdefault(OUR_PATCHES, {})[attribute] = patch
     module.__dict__[attribute] = patch
-    module.__dict__[_REPLICATE] = partial(_replicate, module)
+    module.__dict__[_REPLICATE] = _Replicate(module)
 
 
 def revert(module: nn.Module) -> bool:
@@ -230,12 +284,15 @@ def _revert(module: nn.Module, attribute: str, patch: Patch) -> None:
 _REPLICATE = "_replicate_for_data_parallel"
 
 
-def _replicate(module: nn.Module) -> nn.Module:
+class _Replicate(_OnInstance):
     """A replica has the attributes of the original: without this its forward would be ours on the original, with its weights."""
-    replica = getattr(type(module), _REPLICATE)(module)
-    del replica.__dict__[_REPLICATE]
-    ours = replica.__dict__[OUR_PATCHES] = {}
-    for attribute, patch in patches_of(module).items():
-        if replica.__dict__.get(attribute) is patch:
-            ours[attribute] = replica.__dict__[attribute] = Patch(replica, patch.replacement)
-    return replica
+
+    def __call__(self) -> nn.Module:
+        module = self.moe_ext_module
+        replica = getattr(type(module), _REPLICATE)(module)
+        del replica.__dict__[_REPLICATE]
+        ours = replica.__dict__[OUR_PATCHES] = {}
+        for attribute, patch in patches_of(module).items():
+            if replica.__dict__.get(attribute) is patch:
+                ours[attribute] = replica.__dict__[attribute] = Patch(replica, patch.replacement)
+        return replica
