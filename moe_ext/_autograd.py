@@ -2,7 +2,7 @@
 
 `grouped_forward` saves x (only when a gradient of the up projection is needed), the pre-activation rows, the routing and its
 int32 maps; with `recompute` x and the routing only. Weights are saved by reference. Without a needed gradient nothing extra is
-computed or kept. Second derivatives raise instead of being wrong.
+computed or kept. Second derivatives, tangents and transforms of `torch.func` go through `_formulas`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.library import register_autograd
 
+from . import _formulas as formulas
 from ._needs import Needs
 
 _LIBRARY = torch.library.Library("moe", "IMPL")
@@ -26,8 +25,9 @@ class _Stacked:
     """How the stacked overload lays out its tensor arguments."""
 
     public, train, backward = moe.grouped_forward.default, moe._grouped_forward_train.default, moe._grouped_backward.default
+    formula = staticmethod(formulas.grouped_forward)
     groups = (Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS, Needs.GATE_UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.DOWN_BIAS)
-    projections, up_biases = (3, 4, 5, 6), (5,)  # what the backward takes; what of it only recomputation reads
+    ups, down, up_biases, down_bias = (3,), 4, (5,), 6
     options = ("activation", "gated", "transposed", "interleaved", "alpha", "limit")
 
 
@@ -35,11 +35,12 @@ class _Listed:
     """How the list overload lays out its tensor arguments; 3 to 8 are lists."""
 
     public, train, backward = moe.grouped_forward.list, moe._grouped_forward_train.list, moe._grouped_backward.list
+    formula = staticmethod(formulas.grouped_forward_list)
     groups = (
         Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS,
         Needs.GATE_UP, Needs.UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.UP_BIAS, Needs.DOWN_BIAS,
     )  # fmt: skip
-    projections, up_biases = (3, 4, 5, 6, 7, 8), (6, 7)
+    ups, down, up_biases, down_bias = (3, 4), 5, (6, 7), 8
     options = ("activation", "gated", "alpha", "limit")
 
 
@@ -48,10 +49,13 @@ _DEFAULTS = {"activation": "silu", "gated": True, "transposed": False, "interlea
 
 class _GroupedForward(torch.autograd.Function):
     """apply(layout, keyset, options, sizes, *flat): `flat` holds the arguments in order, lists spliced in; sizes[i] is the length
-    of argument i, or None for a plain tensor or None."""
+    of argument i, or None for a plain tensor or None. Returns out, and the pre-activation, which is a result so that a second
+    derivative reaches the inputs through it: without a gradient of the up projection x itself is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Any, keyset: Any, options: dict[str, Any], sizes: tuple[int | None, ...], *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, layout: Any, keyset: Any, options: dict[str, Any], sizes: tuple[int | None, ...], *flat: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         args = _unflatten(flat, sizes)
         with torch._C._AutoDispatchBelowAutograd():
             out, pre_act, *maps = layout.train.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
@@ -66,26 +70,82 @@ class _GroupedForward(torch.autograd.Function):
             start += width
         recompute = options.get("recompute", False)
         keep_x = recompute or bool(needs & (Needs.GATE_UP | Needs.UP))
-        kept = [args[i] if recompute or i not in layout.up_biases else None for i in layout.projections]
-        ctx.save_for_backward(args[0] if keep_x else None, args[2], None if recompute else pre_act, *maps, *_flatten(kept)[0])
-        ctx.kept_sizes = _flatten(kept)[1]
+        kept, kept_sizes = _flatten([None if i in layout.up_biases and not recompute else a for i, a in enumerate(args)][3:])
+        ctx.save_for_backward(args[0] if keep_x else None, args[2], None if recompute else pre_act, *maps, *kept)
+        ctx.kept_sizes = kept_sizes
+        ctx.set_materialize_grads(False)
         ctx.layout, ctx.sizes, ctx.starts, ctx.needs = layout, sizes, starts, needs
         ctx.options = _DEFAULTS | options
-        return out
+        return out, pre_act
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @formulas.each_of_a_batch
+    def backward(ctx: Any, grad: Tensor | None, grad_pre_act: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         kept = _unflatten(saved[6:], ctx.kept_sizes)
         options = {name: ctx.options[name] for name in ctx.layout.options}
-        grads = iter(ctx.layout.backward(grad, *saved[:6], *kept, **options, needs=int(ctx.needs)))
+        if torch.is_grad_enabled() or grad is None or grad_pre_act is not None or formulas.transformed((grad, *saved)):
+            found = _by_formula(ctx, grad, grad_pre_act, saved[:6], kept, options)
+        else:
+            found = ctx.layout.backward(grad, *saved[:6], *kept, **options, needs=int(ctx.needs))
+        grads = iter(found)
+        grads = iter(grads)
         flat: list[Tensor | None] = [None] * sum(1 if size is None else size for size in ctx.sizes)
         for bit, size, start in zip(ctx.layout.groups, ctx.sizes, ctx.starts, strict=True):
             if bit is not None and bit in ctx.needs:
                 for i in range(start, start + (1 if size is None else size)):
                     flat[i] = next(grads)
         return None, None, None, None, *flat
+
+
+def _by_formula(
+    ctx: Any, grad: Tensor | None, grad_pre_act: Tensor | None, saved: Sequence[Any], kept: list[Any], options: dict[str, Any]
+) -> list[Tensor]:
+    """The needed gradients in the order of the layout's arguments, through steps that can be differentiated again."""
+    layout, needs = ctx.layout, ctx.needs
+    x, top_k_weights, pre_act, *maps = saved
+    down, down_bias = kept[layout.down - 3], kept[layout.down_bias - 3]
+    ups, up_biases = [kept[i - 3] for i in layout.ups], [kept[i - 3] for i in layout.up_biases]
+    count, transposed = len(ups), options.get("transposed", False)
+    wanted = [i for i, bit in enumerate(layout.groups) if bit is not None and bit in needs]
+
+    def head(x: Tensor, *rest: Any) -> Tensor:
+        return formulas.up_projection(x, maps, rest[:count], rest[count:], transposed)
+
+    def tail(pre_act: Tensor, top_k_weights: Tensor, down: Any, down_bias: Any) -> Tensor:
+        return formulas.after_activation(pre_act, top_k_weights, maps, down, down_bias, options)
+
+    if pre_act is None:
+        pre_act = head(x, *ups, *up_biases)
+    hidden = down.shape[2 if transposed else 1] if isinstance(down, Tensor) else down[0].shape[0]
+    if x is None:  # its values are not needed: the pre-activation is linear in it
+        x = pre_act.new_zeros(top_k_weights.shape[0], hidden)
+    for k, i in enumerate(layout.up_biases):  # nor are those of the biases
+        if up_biases[k] is None and i in wanted:
+            w, shape = ups[k], pre_act.shape[1:]
+            up_biases[k] = pre_act.new_zeros(w.shape[0], *shape) if isinstance(w, Tensor) else [v.new_zeros(v.shape[0]) for v in w]
+    tail_args = {-1: pre_act, 2: top_k_weights, layout.down: down, layout.down_bias: down_bias}
+    head_args = {0: x, **dict(zip((*layout.ups, *layout.up_biases), (*ups, *up_biases), strict=True))}
+    of_head = [i for i in head_args if i in wanted]
+    if grad is None:
+        grad = pre_act.new_zeros(top_k_weights.shape[0], hidden)
+    found = _gradients(tail, tail_args, [i for i in tail_args if i in wanted or (i == -1 and of_head)], grad)
+    if of_head:
+        inner = found[-1] if grad_pre_act is None else found[-1] + grad_pre_act
+        found |= _gradients(head, head_args, of_head, inner)
+    return _flatten([found[i] for i in wanted])[0]  # type: ignore[return-value]
+
+
+def _gradients(function: Callable[..., Tensor], args: dict[int, Any], wanted: list[int], grad: Tensor) -> dict[int, Any]:
+    """The gradients of function(*args.values()) at the arguments with the numbers `wanted`; an argument may be a list."""
+    flat, sizes = _flatten([args[i] for i in wanted])
+    if not flat:
+        return {}
+
+    def of_wanted(*flat: Tensor) -> Tensor:
+        return function(*(args | dict(zip(wanted, _unflatten(flat, sizes), strict=True))).values())
+
+    return dict(zip(wanted, _unflatten(formulas.vjp(of_wanted, flat, grad), sizes), strict=True))  # type: ignore[arg-type]
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int | None, ...]]:
@@ -116,122 +176,128 @@ def _unflatten(flat: Sequence[Tensor | None], sizes: Sequence[int | None]) -> li
 
 def _grouped_forward_autograd(layout: Any) -> Callable[..., Tensor]:
     def implementation(keyset: Any, *args: Any, **options: Any) -> Tensor:
+        if formulas.transformed(args):
+            return layout.formula(*args, **options)
         args = (*args, *(None for _ in range(len(layout.groups) - len(args))))  # the dispatcher drops trailing defaults
         if torch.is_grad_enabled():
             flat, sizes = _flatten(args)
             if any(t is not None and t.requires_grad for t in flat):
-                return _GroupedForward.apply(layout, keyset, options, sizes, *flat)
+                return _GroupedForward.apply(layout, keyset, options, sizes, *flat)[0]
         with torch._C._AutoDispatchBelowAutograd():
             return layout.public.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
     return implementation
 
 
-_LIBRARY.impl("grouped_forward", _grouped_forward_autograd(_Stacked), "Autograd", with_keyset=True)
-_LIBRARY.impl("grouped_forward.list", _grouped_forward_autograd(_Listed), "Autograd", with_keyset=True)
-
-
 # --------------------------------------------------------------------------------------------------------------------- primitives
-def _setup_grouped_mm(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    x, weight, expert_offsets, bias = inputs
-    ctx.transposed = keyword_only_inputs["transposed"]
-    ctx.listed = isinstance(weight, (list, tuple))
-    flat = list(weight) if ctx.listed else [weight]
-    ctx.save_for_backward(x if any(w.requires_grad for w in flat) else None, expert_offsets, *flat)
+class _Step(torch.autograd.Function):
+    """apply(op, save, backward, options, *args): the op itself, and a gradient made of ops that have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, save: Callable[..., None], backward: Callable[..., Any], options: dict[str, Any], *args: Any) -> Any:
+        save(ctx, *args)
+        ctx.of_inputs, ctx.options, ctx.count = backward, options, len(args)
+        with formulas.kernels_only():
+            return op(*args, **options)
+
+    @staticmethod
+    @formulas.each_of_a_batch
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = ctx.of_inputs(ctx, grad)
+        return None, None, None, None, *found, *(None for _ in range(ctx.count - len(found)))
 
 
-@once_differentiable
-def _grouped_mm_backward(ctx: Any, grad: Tensor) -> Any:
-    x, expert_offsets, *flat = ctx.saved_tensors
-    weight = flat if ctx.listed else flat[0]
-    count = len(ctx.needs_input_grad)  # trailing defaults are not passed
-    needs = [any(n) if isinstance(n, (list, tuple)) else bool(n) for n in ctx.needs_input_grad] + [False] * (4 - count)
-    mm = moe.grouped_mm.list if ctx.listed else moe.grouped_mm.default
-    wgrad = moe.grouped_mm_wgrad.list if ctx.listed else moe.grouped_mm_wgrad.default
-    grad_x = mm(grad, weight, expert_offsets, transposed=not ctx.transposed) if needs[0] else None
-    grad_weight: Any = [None] * len(flat) if ctx.listed else None
-    grad_bias: Any = [None] * len(flat) if ctx.listed else None
-    if needs[1]:
-        grad_weight = wgrad(*((x, grad) if ctx.transposed else (grad, x)), expert_offsets)
-    if needs[3]:
-        grad_bias = moe.grouped_bias_grad(grad, expert_offsets)
-        if ctx.listed:
-            grad_bias = list(grad_bias.unbind())
-    return (grad_x, grad_weight, None, grad_bias)[: max(count, 3)] if ctx.listed else (grad_x, grad_weight, None, grad_bias)
+def _step(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    op = getattr(moe, name).default
+    return lambda *args, **options: _Step.apply(op, save, backward, options, *args)
 
 
-for _overload in ("moe::grouped_mm", "moe::grouped_mm.list"):
-    register_autograd(_overload, _grouped_mm_backward, setup_context=_setup_grouped_mm)
-
-
-def _setup_wgrad(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-@once_differentiable
-def _wgrad_backward(ctx: Any, grad: Tensor) -> Any:
-    a, b, expert_offsets = ctx.saved_tensors
-    grad_a = moe.grouped_mm(b, grad, expert_offsets) if ctx.needs_input_grad[0] else None
-    grad_b = moe.grouped_mm(a, grad, expert_offsets, transposed=True) if ctx.needs_input_grad[1] else None
-    return grad_a, grad_b, None
-
-
-register_autograd("moe::grouped_mm_wgrad", _wgrad_backward, setup_context=_setup_wgrad)
-
-
-def _setup_maps(ctx: Any, inputs: Any, output: Any) -> None:
-    _, row_to_slot, slot_to_row, ctx.top_k = inputs
+def _save_maps(ctx: Any, x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int) -> None:
     ctx.save_for_backward(row_to_slot, slot_to_row)
+    ctx.top_k = top_k
 
 
-@once_differentiable
 def _permute_backward(ctx: Any, grad: Tensor) -> Any:
-    return moe.unpermute(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
+    return (moe.unpermute(grad, *ctx.saved_tensors, ctx.top_k),)
 
 
-register_autograd("moe::permute", _permute_backward, setup_context=_setup_maps)
+def _save_unpermute(
+    ctx: Any, rows: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, top_k_weights: Tensor | None = None
+) -> None:
+    ctx.save_for_backward(None if top_k_weights is None else rows, row_to_slot, slot_to_row, top_k_weights)
+    ctx.top_k = top_k
 
 
-def _setup_unpermute(ctx: Any, inputs: Any, output: Any) -> None:
-    rows, row_to_slot, slot_to_row, ctx.top_k, top_k_weights = inputs
-    needs_rows = top_k_weights is not None
-    ctx.save_for_backward(rows if needs_rows else None, row_to_slot, slot_to_row, top_k_weights)
-
-
-@once_differentiable
 def _unpermute_backward(ctx: Any, grad: Tensor) -> Any:
     rows, row_to_slot, slot_to_row, top_k_weights = ctx.saved_tensors
     if top_k_weights is None:
-        return moe.permute(grad, row_to_slot, slot_to_row, ctx.top_k), None, None, None, None
+        return (moe.permute(grad, row_to_slot, slot_to_row, ctx.top_k),)
     grad_rows, grad_weights = moe.unpermute_backward(grad, rows, row_to_slot, top_k_weights)
     return grad_rows, None, None, None, grad_weights
 
 
-register_autograd("moe::unpermute", _unpermute_backward, setup_context=_setup_unpermute)
+def _save_first(ctx: Any, pre_act: Tensor) -> None:
+    ctx.save_for_backward(pre_act)
 
 
-def _setup_activation(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.options = keyword_only_inputs
-
-
-@once_differentiable
 def _activation_backward(ctx: Any, grad: Tensor) -> Any:
-    return moe.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options)
+    return (moe.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options),)
 
 
-register_autograd("moe::gated_activation", _activation_backward, setup_context=_setup_activation)
+#: Of each op: its formula, and what runs where a gradient is needed.
+_DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "permute": (formulas.permute, _step("permute", _save_maps, _permute_backward)),
+    "unpermute": (formulas.unpermute, _step("unpermute", _save_unpermute, _unpermute_backward)),
+    "gated_activation": (formulas.gated_activation, _step("gated_activation", _save_first, _activation_backward)),
+    "grouped_mm": (formulas.grouped_mm, formulas.grouped_mm),
+    "grouped_mm.list": (formulas.grouped_mm, formulas.grouped_mm),
+    "grouped_mm_wgrad": (formulas.grouped_mm_wgrad, formulas.grouped_mm_wgrad),
+    "grouped_mm_wgrad.list": (formulas.grouped_mm_wgrad_list, formulas.grouped_mm_wgrad_list),
+    "grouped_bias_grad": (formulas.grouped_bias_grad, formulas.grouped_bias_grad),
+    "unpermute_backward": (formulas.unpermute_backward, formulas.unpermute_backward),
+    "gated_activation_backward": (formulas.gated_activation_backward, formulas.gated_activation_backward),
+}
 
 
-def _not_differentiable(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"moe::{name} is itself a gradient: its own gradient is not implemented")
-
-    return backward
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(moe, packet), overload or "default")
 
 
-for _name in ("grouped_bias_grad", "gated_activation_backward", "unpermute_backward"):
-    register_autograd(f"moe::{_name}", _not_differentiable(_name))
+def _autograd(op: Any, formula: Callable[..., Any], with_gradient: Callable[..., Any]) -> Callable[..., Any]:
+    def implementation(keyset: Any, *args: Any, **options: Any) -> Any:
+        if formulas.transformed(args):
+            return formula(*args, **options)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(args)):
+            return with_gradient(*args, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    return implementation
+
+
+def _internal(op: Any) -> Callable[..., Any]:
+    """Refuses where a gradient, a tangent or a transform would be lost."""
+
+    def implementation(keyset: Any, *args: Any, **options: Any) -> Any:
+        if formulas.transformed(args) or torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+            raise RuntimeError(f"{op} has no gradient of its own: it is a step of moe::grouped_forward")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    return implementation
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [t for t in _flatten(args)[0] if isinstance(t, Tensor)]
+
+
+for _layout, _name in ((_Stacked, "grouped_forward"), (_Listed, "grouped_forward.list")):
+    _LIBRARY.impl(_name, _grouped_forward_autograd(_layout), "Autograd", with_keyset=True)
+    for _op in (_layout.train, _layout.backward):
+        _LIBRARY.impl(_op.name().removeprefix("moe::"), _internal(_op), "Autograd", with_keyset=True)
+for _name, _rules in _DIFFERENTIABLE.items():
+    _LIBRARY.impl(_name, _autograd(_overload(_name), *_rules), "Autograd", with_keyset=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- autocast
@@ -259,3 +325,25 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     for _overload, _keep in (("grouped_forward", (2,)), ("grouped_forward.list", (2,)), ("grouped_mm", ()), ("grouped_mm.list", ())):
         _packet, _, _variant = _overload.partition(".")
         _LIBRARY.impl(_overload, _autocast(getattr(getattr(moe, _packet), _variant or "default"), _device, _keep), _key)
+
+
+# ------------------------------------------------------------------------------------------------------------ transforms of torch.func
+def _transform(formula: Callable[..., Any], casts: bool, keep: tuple[int, ...]) -> Callable[..., Any]:
+    """The formula, in the place of the op: PyTorch transforms each of its steps. This comes before autocast."""
+
+    def implementation(*args: Any, **options: Any) -> Any:
+        device = next(t.device.type for t in _tensors(args))
+        if casts and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return _autocast(formula, device, keep)(*args, **options)
+        return formula(*args, **options)
+
+    return implementation
+
+
+_KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
+_FORMULAS = {
+    "grouped_forward": formulas.grouped_forward, "grouped_forward.list": formulas.grouped_forward_list,
+    "sort_by_expert": formulas.sort_by_expert, **{name: rules[0] for name, rules in _DIFFERENTIABLE.items()},
+}  # fmt: skip
+for _name, _formula in _FORMULAS.items():
+    _LIBRARY.impl(_name, _transform(_formula, _name in _KEEPS, _KEEPS.get(_name, ())), "FuncTorchDynamicLayerFrontMode")

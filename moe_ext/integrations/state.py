@@ -62,7 +62,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
             yield from state.get(table, {}).items()
         return
     if isinstance(value, dict):
-        yield from ((f"[{k!r}]", v) for k, v in value.items())
+        yield from ((f"[{k!r}]", v) for k, v in dict.items(value))
     elif isinstance(value, (list, tuple, deque)):
         yield from ((f"[{i}]", v) for i, v in enumerate(value))
     elif isinstance(value, types.FunctionType):
@@ -135,7 +135,7 @@ class State:
                         self.classes[cls] = own = {n: v for n, v in vars(cls).items() if n[:2] != "__" and _is_data(v)}
                         todo.extend((f"{cls.__qualname__}.{n}", v) for n, v in own.items())
             elif isinstance(value, dict):
-                self.namespaces.append((path, value, dict(value)))
+                self.namespaces.append((path, value, dict(dict.items(value))))
             elif isinstance(value, (list, set, deque, bytearray)):
                 self.collections.append((path, value, copy.copy(value)))
             elif isinstance(value, (random.Random, torch.Generator)):
@@ -159,7 +159,7 @@ class State:
         changed: list[str] = []
         for path, namespace, before in self.namespaces:
             if len(namespace) != len(before) or not all(map(is_, namespace.values(), before.values())):
-                names = [n for n in {**before, **namespace} if namespace.get(n, before) is not before.get(n, namespace)]
+                names = [n for n in dict.fromkeys([*before, *namespace]) if dict.get(namespace, n, before) is not before.get(n, namespace)]
                 changed += [f"{path}.{n}".lstrip(".") for n in names or ["keys"]]
                 namespace.clear()
                 namespace.update(before)

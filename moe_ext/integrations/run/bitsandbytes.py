@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ... import ops
+from ... import _formulas, ops
 from ...experts import Projection
 from ..usable import Refused, autocast_is_on
 
@@ -173,7 +172,18 @@ class Quantized4bit(Projection):
         return self.matrix(0).stored_dtype
 
     def grouped_mm(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and _formulas.transformed((rows,)):  # its weights are constants
+            dtype = self._dtype(rows)
+            out = _grouped_mm(rows.to(dtype), expert_offsets, lambda e: self.matrix(e).dequantize(dtype), len(self), self._shape())
+            return out.to(rows.dtype)
         return _GroupedMM.apply(rows, expert_offsets, self)
+
+    def _dtype(self, rows: Tensor) -> torch.dtype:
+        """What a product with `rows` computes in."""
+        return torch.get_autocast_dtype(rows.device.type) if autocast_is_on(rows.device) else self.compute_dtype or rows.dtype
+
+    def _shape(self) -> torch.Size:
+        return self.weights[0].state.shape
 
     def __getitem__(self, e: int) -> Tensor:
         """In the compute dtype (without one, float32): dequantized anew, and without a gradient."""
@@ -239,8 +249,7 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, expert_offsets: Tensor, projection: Quantized4bit) -> Tensor:
-        compute, cache = projection.compute_dtype or rows.dtype, projection.cache
-        dtype = torch.get_autocast_dtype(rows.device.type) if autocast_is_on(rows.device) else compute
+        cache, dtype = projection.cache, projection._dtype(rows)
         matrices: dict[int, _Matrix] = {}
 
         def dense(e: int) -> Tensor:
@@ -249,14 +258,14 @@ class _GroupedMM(torch.autograd.Function):
                 matrix.kept = cache.dense(projection.weights[e].linear, matrix, dtype)
             return matrix.dequantize(dtype)
 
-        shape = projection.weights[0].state.shape
+        shape = projection._shape()
         ctx.save_for_backward(expert_offsets)
         ctx.matrices, ctx.dtype, ctx.shape = matrices, dtype, shape
         out = _grouped_mm(rows.to(dtype), expert_offsets, dense, len(projection), shape)
         return out.to(rows.dtype)
 
     @staticmethod
-    @once_differentiable
+    @_formulas.each_of_a_batch
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (expert_offsets,) = ctx.saved_tensors
         matrices, dtype = ctx.matrices, ctx.dtype

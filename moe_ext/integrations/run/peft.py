@@ -20,9 +20,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ... import ops
+from ... import _formulas, ops
 from ...experts import Projection, StackedWeights
 from ..usable import Refused, is_hooked
 
@@ -96,7 +95,7 @@ class LoraProjection(Projection):
             out = ops.grouped_mm(rows, self.base, expert_offsets, transposed=self.transposed)
         with torch.autocast(rows.device.type, enabled=False):
             total = sum_adapters(rows, expert_offsets, self.adapters)
-            return total.add_(out).to(out.dtype)
+            return (total + out).to(out.dtype)
 
     def __getitem__(self, e: int) -> Tensor:
         """Rounded once, to the dtype of the base; `grouped_mm` does not form it, nor round it."""
@@ -122,13 +121,20 @@ def sum_adapters(rows: Tensor, expert_offsets: Tensor, adapters: Adapters) -> Te
     def delta(adapter: LowRank) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(rows.dtype, _as_list(adapter.a)[0].dtype), torch.float32)
         a, b = (weight.to(dtype) if isinstance(weight, Tensor) else [w.to(dtype) for w in weight] for weight in (adapter.a, adapter.b))
-        inner = _Shrink.apply(rows, expert_offsets, *([a] if isinstance(a, Tensor) else a))
+        inner = _shrink(rows, expert_offsets, a)
         return ops.grouped_mm(inner * adapter.scaling, b, expert_offsets)
 
     total = delta(adapters[0])
     for adapter in adapters[1:]:
-        total = total.add_(delta(adapter))
+        total = total + delta(adapter)  # not in place: selective checkpointing may have kept a product
     return total
+
+
+def _shrink(rows: Tensor, expert_offsets: Tensor, a: Tensor | Sequence[Tensor]) -> Tensor:
+    if not torch.compiler.is_compiling() and _formulas.transformed((rows, a)):
+        dtype = _as_list(a)[0].dtype
+        return ops.grouped_mm(rows.to(dtype), a, expert_offsets)
+    return _Shrink.apply(rows, expert_offsets, *_as_list(a))
 
 
 class _Shrink(torch.autograd.Function):
@@ -144,7 +150,7 @@ class _Shrink(torch.autograd.Function):
         return ops.grouped_mm(rows.to(a[0].dtype), _as_weight(a), expert_offsets)
 
     @staticmethod
-    @once_differentiable
+    @_formulas.each_of_a_batch
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, expert_offsets, *a = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
