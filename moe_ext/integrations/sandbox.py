@@ -90,6 +90,7 @@ class frozen:  # noqa: N801  (a context manager, named like the functions beside
         self.parameters = [(m._parameters, n, p, p.detach()) for m in modules for n, p in m._parameters.items() if p is not None]
         self.buffers = [(m._buffers, n, b) for m in modules for n, b in m._buffers.items() if b is not None]
         self.modules = [m.__dict__ for m in modules]
+        self.structure = [(m, type(m), m._modules.copy(), frozenset(m._buffers)) for m in modules]
         self.contents = _contents(modules)
         self.attributes = [(m.__dict__, {n: v for n, v in m.__dict__.items() if n[0] != "_" and n != "training"}) for m in modules]
 
@@ -101,6 +102,16 @@ class frozen:  # noqa: N801  (a context manager, named like the functions beside
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A parametrization that is put on an alias and taken off again, as PEFT does in each call, leaves it behind as a buffer; one that
+        # fails leaves a class of its own.
+        for m, cls, children, names in self.structure:
+            for name in m._buffers.keys() - names:
+                del m._buffers[name]
+            if m._modules != children:
+                m._modules.clear()
+                m._modules.update(children)
+            if type(m) is not cls:
+                m.__class__ = cls
         for owner, name, parameter, _ in self.parameters:
             owner[name] = parameter
         for owner, name, buffer in self.buffers:

@@ -100,7 +100,7 @@ class Basis:
         reason = self.compare(kinds, reading.code)
         if reason is not None:
             raise Refused(reason)
-        return ListLook(modules, reading)
+        return ListLook(modules, reading, names)
 
     def require_traced(self, modules: Sequence[nn.Module]) -> None:
         """What `require_list` checks, of what an instance holds: a compiler guards the values that it sees here."""
@@ -199,8 +199,9 @@ class Reading:
         """The kind of an expert, with its children but for the projections."""
         for name in projections & module._modules.keys():
             child = module._modules[name]
-            if child is not None:
-                self.names(type(child), ("forward",))
+            for one in (child, None if child is None else child._modules.get("base_layer")):
+                if one is not None:
+                    self.names(type(one), ("forward",))
         wanted = [n for n in module._modules if n not in projections]
         return type(module), self.readings(module, ("forward",), None), self.children(module, wanted)
 
@@ -489,18 +490,24 @@ def _picker(places: list[int]) -> Callable[[Any], Any]:
 
 
 class ListLook(_Look):
-    """Of a list of modules and all that is below them. None is kept alive: they are compared by their ids, which nothing else can have
+    """Of a list of modules and their children, and of all below that but projections, which are the readers' business. None is kept alive: they are compared by their ids, which nothing else can have
     while `died` is empty.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], reading: Reading) -> None:
+    def __init__(self, modules: Sequence[nn.Module], reading: Reading, projections: frozenset[str]) -> None:
         super().__init__(reading)
         self.levels: list[_Level] = []
+        self.deeper: Callable[[Any], Any] | None = None
         everything: list[nn.Module] = []
         level = list(modules)
         while level:
             self.levels.append(_Level(level, reading))
             everything += level
+            if len(self.levels) == 2:
+                named = [n for m in modules for n, child in m._modules.items() if child is not None]
+                places = [i for i, (n, m) in enumerate(zip(named, level, strict=True)) if n not in projections and m._modules]
+                self.deeper = _picker(places) if places else None
+                level = [level[i] for i in places]
             level = _below([m.__dict__ for m in level])
         self.refs = [weakref.ref(m, self.died.append) for m in everything]
         self._read_hooks(m.__dict__ for m in everything)
@@ -518,7 +525,7 @@ class ListLook(_Look):
                     return None
                 found.append(states)
                 if len(found) < len(self.levels):
-                    level = _below(states)
+                    level = _below(states if len(found) != 2 or self.deeper is None else self.deeper(states))
         except (KeyError, RuntimeError):  # an attribute was deleted, or is a tensor now
             return None
         if self.registered != RemovableHandle.next_id:
