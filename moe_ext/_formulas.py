@@ -282,7 +282,9 @@ def up_projection(x: Tensor, maps: Sequence[Tensor], ups: Sequence[Any], biases:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def after_activation(pre_act: Tensor, top_k_weights: Tensor, maps: Sequence[Tensor], down: Any, bias: Any, options: dict[str, Any]) -> Tensor:
+def after_activation(
+    pre_act: Tensor, top_k_weights: Tensor, maps: Sequence[Tensor], down: Any, bias: Any, options: dict[str, Any]
+) -> Tensor:
     expert_offsets, row_to_slot, slot_to_row = maps
     act = gated_activation(pre_act, **{name: options[name] for name in _OF_ACTIVATION if name in options})
     y = grouped_mm(act, down, expert_offsets, bias, transposed=options.get("transposed", False))

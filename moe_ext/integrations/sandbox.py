@@ -168,6 +168,7 @@ class Frozen:
         self.buffers = [(m._buffers, n, b) for m in modules for n, b in m._buffers.items() if b is not None]
         self.modules = [m.__dict__ for m in modules]
         self.training = [attributes["training"] for attributes in self.modules]
+        self.structure = [(m, type(m), m._modules.copy(), frozenset(m._buffers)) for m in modules]
         self.guard = guard
         self.state = State(module, lambda t: storage_of(t) not in guard.originals)
 
@@ -181,6 +182,16 @@ class Frozen:
 
     def __exit__(self, *raised: Any) -> None:
         self.guard.__exit__(*raised)
+        # A parametrization that is put on an alias and taken off again, as PEFT does in each call, leaves it behind as a buffer; one that
+        # fails leaves a class of its own.
+        for m, cls, children, names in self.structure:
+            for name in m._buffers.keys() - names:
+                del m._buffers[name]
+            if m._modules != children:
+                m._modules.clear()
+                m._modules.update(children)
+            if type(m) is not cls:
+                m.__class__ = cls
         for owner, name, tensor, *_ in (*self.parameters, *self.buffers):
             owner[name] = tensor
         flags = [attributes["training"] for attributes in self.modules]

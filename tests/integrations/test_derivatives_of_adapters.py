@@ -47,7 +47,9 @@ def layer(is_list: bool, transposed: bool, dtype: torch.dtype = torch.float64) -
     return function, [t.to(dtype).requires_grad_() for t in leaves]
 
 
-LAYOUTS = pytest.mark.parametrize(("is_list", "transposed"), [(False, False), (False, True), (True, False)], ids=["stack", "transposed", "list"])
+LAYOUTS = pytest.mark.parametrize(
+    ("is_list", "transposed"), [(False, False), (False, True), (True, False)], ids=["stack", "transposed", "list"]
+)
 
 
 @LAYOUTS

@@ -159,7 +159,9 @@ def fingerprint(value: Any, path: str = "", seen: dict[int, str] | None = None) 
     seen[id(value)] = path
     if isinstance(value, Tensor):
         grad = value.grad if value.is_leaf else None
-        return {path: (id(value), value.data_ptr(), value._version, value.requires_grad, id(grad), value.detach().double().numpy().tobytes())}
+        return {
+            path: (id(value), value.data_ptr(), value._version, value.requires_grad, id(grad), value.detach().double().numpy().tobytes())
+        }
     found: dict[str, Any] = {path: (type(value).__name__, id(value))}
     if isinstance(value, torch.Generator):
         return {path: bytes(value.get_state().tolist())}

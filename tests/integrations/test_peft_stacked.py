@@ -24,7 +24,18 @@ import moe_ext
 from moe_ext.integrations.run import decorated
 from moe_ext.integrations.run import peft as ours
 from moe_ext.testing import assert_accurate
-from tests.helpers.models import Holder, build, build_experts, in_float64, logits_and_gradients, needs_tf5, routing, tokens
+from tests.helpers.models import (
+    Holder,
+    build,
+    build_experts,
+    in_float64,
+    logits_and_gradients,
+    needs_tf5,
+    randomise,
+    routing,
+    tokens,
+    transformers,
+)
 from tests.integrations.adapters import Recorder, activate, assert_all_accurate, attach, exact_copy, outputs_and_gradients, peft
 
 pytestmark = needs_tf5
@@ -457,3 +468,37 @@ def test_calls_of_several_threads_do_not_meet() -> None:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(torch.no_grad()(lambda one: run(model, *one)), inputs))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- experts without a decorator
+def llama4() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=1, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config)
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_T128_stacks_without_a_decorator_with_adapters_on_them(when: str) -> None:
+    """A proof leaves the module as it was, also where PEFT puts a parametrization on it and takes it off in each call."""
+    model, names = llama4(), ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    if when == "before":
+        moe_ext.enable(model, strict=True)
+    model = attach(model.requires_grad_(False), target_modules=[], target_parameters=names)
+    plain = copy.deepcopy(model)
+    moe_ext.disable(plain)
+    classes = [type(m) for m in model.modules()]
+    if when == "after":
+        moe_ext.enable(model, strict=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert dict(model.named_buffers()).keys() == dict(plain.named_buffers()).keys()
+    exact = exact_copy(plain)
+    new, old, truth = (logits_and_gradients(one, tokens()) for one in (model, plain, exact))
+    for name in truth:
+        assert_accurate(new[name], old[name], truth[name], name)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert type(p) is type(q) and p.requires_grad == q.requires_grad

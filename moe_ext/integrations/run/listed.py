@@ -6,7 +6,7 @@ plain linear layers that look is a comparison with the last one, done by the int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias, TypeVar
@@ -44,25 +44,31 @@ class ListedReader:
         """The tensors of the experts at this moment; raises Refused where they must be left to the module's own code."""
         container = container_of(module, self.container)
         compiling = torch.compiler.is_compiling()  # a compiler guards what it has seen by itself
-        snapshot = self._snapshot
         if not compiling and _has_any_global_hook():
             raise Refused("hooks are registered for the calls of all modules")
-        if not compiling and snapshot is not None:
-            weights = snapshot.weights(container, like)
+        snapshot = None if compiling else self._snapshot
+        states = None if snapshot is None else snapshot.look.states([m for m in container._modules.values() if m is not None])
+        if snapshot is not None and states is not None and snapshot.pick is not None:
+            weights = snapshot.weights(snapshot.pick(states[1]), like)
             if weights is not None:
                 return weights
+        if states is None or len(states) < 2:
             self._snapshot = None
-        found = collect_linears(container, self.projections)
+            found = collect_linears(container, self.projections)
+            self._require_proven(container, found, compiling)
+        else:  # nothing was put on the experts or taken from them since the last call
+            found = _linears(container, self.projections)
+        if all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
+            return _plain(found, like)
+        return _weights(found, lambda linears: _projection(linears, like, self.cache))
+
+    def _require_proven(self, container: nn.Module, found: _Linears, compiling: bool) -> None:
         experts = [m for m in container._modules.values() if m is not None]
         if compiling:
             self.basis.require_traced(experts)
         else:
             look = self.basis.require_list(experts, [n for n in self.projections if n is not None])
-        if all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
-            if not compiling:
-                self._snapshot = _Snapshot(look, experts, found, self.projections)
-            return _plain(found, like)
-        return _weights(found, lambda linears: _projection(linears, like, self.cache))
+            self._snapshot = _Snapshot(look, experts, found)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_snapshot": None}  # a copy has modules of its own
@@ -87,7 +93,12 @@ _Linears = tuple[list[nn.Module] | None, list[nn.Module], list[nn.Module]]
 
 def collect_linears(container: nn.Module, projections: tuple[str | None, str, str]) -> _Linears:
     """The modules of each projection; raises Refused where something stands against calling them together."""
-    experts = [expert for expert in require_no_hooks(container) if expert._modules]  # others return their input
+    require_no_hooks(container)
+    return _linears(container, projections)
+
+
+def _linears(container: nn.Module, projections: tuple[str | None, str, str]) -> _Linears:
+    experts = [expert for expert in container._modules.values() if expert is not None and expert._modules]  # others return their input
 
     def linears(name: str) -> list[nn.Module]:
         return [_child(container, expert, name) for expert in experts]
@@ -166,18 +177,18 @@ class _Snapshot:
     devices of their tensors are looked at in each call. No module or tensor is kept alive.
     """
 
-    def __init__(self, look: ListLook, experts: list[nn.Module], found: _Linears, projections: tuple[str | None, str, str]) -> None:
+    def __init__(self, look: ListLook, experts: list[nn.Module], found: _Linears) -> None:
         self.look = look
+        self.pick: Callable[[Any], Any] | None = None
+        if not all(type(linear) is nn.Linear for linears in found if linears for linear in linears):
+            return  # adapters or 4-bit weights, which are read one by one
         self.parts = sum(linears is not None for linears in found)
         places = {id(m): i for i, m in enumerate(m for expert in experts for m in expert._modules.values() if m is not None)}
         self.pick = itemgetter(*(places[id(m)] for linears in found if linears is not None for m in linears))
 
-    def weights(self, container: nn.Module, like: Tensor | None) -> ListedWeights | None:
-        """The weights, or None if another look is needed."""
-        states = self.look.states([m for m in container._modules.values() if m is not None])
-        if states is None or len(states) < 2:
-            return None
-        parameters = list(map(_parameters_of, self.pick(states[1])))
+    def weights(self, states: Sequence[dict[str, Any]], like: Tensor | None) -> ListedWeights | None:
+        """The weights, or None if they have to be looked at one by one."""
+        parameters = list(map(_parameters_of, states))
         try:
             weights, biases = list(map(_weight_of, parameters)), list(map(_bias_of, parameters))
         except KeyError:  # replicas and pruned layers hold them elsewhere

@@ -100,7 +100,7 @@ class Basis:
         reason = self.compare(kinds, reading.code)
         if reason is not None:
             raise Refused(reason)
-        return ListLook(modules, reading)
+        return ListLook(modules, reading, names)
 
     def require_traced(self, modules: Sequence[nn.Module]) -> None:
         """What `require_list` checks, of what an instance holds: a compiler guards the values that it sees here."""
@@ -156,7 +156,11 @@ def _difference(kind: Kind, proven: Iterable[Kind]) -> str:
         if name not in old or old[name] != value:
             was = f", which was {old[name]!r}" if type(value) in _SIMPLE and type(old.get(name)) in _SIMPLE else ""
             now = f" {value!r}" if was else " another"
-            return f"the {name} of a {cls.__name__} is{now}{was} when it was proven" if was else f"its {name} is another than when it was proven"
+            return (
+                f"the {name} of a {cls.__name__} is{now}{was} when it was proven"
+                if was
+                else f"its {name} is another than when it was proven"
+            )
     before = dict(old_children)
     for name, child in children:
         if name not in before:
@@ -199,8 +203,9 @@ class Reading:
         """The kind of an expert, with its children but for the projections."""
         for name in projections & module._modules.keys():
             child = module._modules[name]
-            if child is not None:
-                self.names(type(child), ("forward",))
+            for one in (child, None if child is None else child._modules.get("base_layer")):
+                if one is not None:
+                    self.names(type(one), ("forward",))
         wanted = [n for n in module._modules if n not in projections]
         return type(module), self.readings(module, ("forward",), None), self.children(module, wanted)
 
@@ -270,7 +275,9 @@ class Reading:
                 value = vars(owner)[name]
                 self.watch(vars(owner), [name])
                 self.classes[owner] = None
-                self.code[f"the code of {owner.__qualname__}.{name}" if _functions(value) else f"{owner.__qualname__}.{name}"] = portable(value)
+                self.code[f"the code of {owner.__qualname__}.{name}" if _functions(value) else f"{owner.__qualname__}.{name}"] = portable(
+                    value
+                )
                 for function in _functions(value):
                     waiting += self._function(function)
             known = self._names[cls, roots] = frozenset(seen)
@@ -293,7 +300,9 @@ class Reading:
         more = []
         for name in known:
             value = variables[name]
-            self.code[f"{name} of {function.__module__}"] = type(value).__name__ if isinstance(value, (list, dict, set)) else portable(value)
+            self.code[f"{name} of {function.__module__}"] = (
+                type(value).__name__ if isinstance(value, (list, dict, set)) else portable(value)
+            )
             if not str(function.__module__).startswith("torch."):
                 for called in _functions(value):
                     if called.__globals__ is variables:
@@ -345,7 +354,9 @@ _SIMPLE = (bool, int, float, complex, str, bytes)
 
 
 def _is_record(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial))
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+    )
 
 
 def portable(value: Any, depth: int = 2) -> Any:
@@ -489,18 +500,24 @@ def _picker(places: list[int]) -> Callable[[Any], Any]:
 
 
 class ListLook(_Look):
-    """Of a list of modules and all that is below them. None is kept alive: they are compared by their ids, which nothing else can have
+    """Of a list of modules and their children, and of all below that but projections, which are the readers' business. None is kept alive: they are compared by their ids, which nothing else can have
     while `died` is empty.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], reading: Reading) -> None:
+    def __init__(self, modules: Sequence[nn.Module], reading: Reading, projections: frozenset[str]) -> None:
         super().__init__(reading)
         self.levels: list[_Level] = []
+        self.deeper: Callable[[Any], Any] | None = None
         everything: list[nn.Module] = []
         level = list(modules)
         while level:
             self.levels.append(_Level(level, reading))
             everything += level
+            if len(self.levels) == 2:
+                named = [n for m in modules for n, child in m._modules.items() if child is not None]
+                places = [i for i, (n, m) in enumerate(zip(named, level, strict=True)) if n not in projections and m._modules]
+                self.deeper = _picker(places) if places else None
+                level = [level[i] for i in places]
             level = _below([m.__dict__ for m in level])
         self.refs = [weakref.ref(m, self.died.append) for m in everything]
         self._read_hooks(m.__dict__ for m in everything)
@@ -518,7 +535,7 @@ class ListLook(_Look):
                     return None
                 found.append(states)
                 if len(found) < len(self.levels):
-                    level = _below(states)
+                    level = _below(states if len(found) != 2 or self.deeper is None else self.deeper(states))
         except (KeyError, RuntimeError):  # an attribute was deleted, or is a tensor now
             return None
         if self.registered != RemovableHandle.next_id:
