@@ -104,7 +104,11 @@ def _explain(args: argparse.Namespace) -> int:
     _need_libraries()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     config = _read_config(args.checkpoint, args.trust_remote_code)
+    quantization = getattr(config, "quantization_config", None)
     model = _model_on_meta(config, args.trust_remote_code)
+    unquantized = _quantize(model, quantization) if quantization else None
+    if unquantized:
+        model = _model_on_meta(config, args.trust_remote_code)  # the first one may be quantized in part
 
     from .. import NoExpertsFound, explain
 
@@ -112,7 +116,6 @@ def _explain(args: argparse.Namespace) -> int:
         report = explain(model)
     except NoExpertsFound as error:
         raise CommandError(f"{args.checkpoint}: {error}", exit_code=1) from error
-    quantization = getattr(config, "quantization_config", None)
     if args.json:
         head = {"checkpoint": str(args.checkpoint), "model": type(model).__name__, "quantized": bool(quantization)}
         print(json.dumps({**head, **report.to_dict()}, indent=2))
@@ -120,7 +123,7 @@ def _explain(args: argparse.Namespace) -> int:
     print(f"{args.checkpoint}: {type(model).__name__}, {_count(model)} parameters, {_dtypes(model)}")
     print(report)
     if quantization:
-        print("The checkpoint is quantized. Without its weights the model is built unquantized, and that is what the table describes.")
+        print(f"The checkpoint is quantized. {unquantized or 'The table describes its quantized layers.'}")
     return 0
 
 
@@ -169,6 +172,19 @@ def _model_on_meta(config: Any, trust_remote_code: bool) -> torch.nn.Module:
         except Exception as error:  # another way may work; the reasons are printed when none does
             reasons.append(f"{auto.__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
     raise CommandError(f"transformers {transformers.__version__} cannot build a model of {type(config).__name__}: " + "; ".join(reasons))
+
+
+def _quantize(model: torch.nn.Module, quantization: Any) -> str | None:
+    """Gives a model on meta the layers of a quantized checkpoint, as transformers does before it loads one; None, or why it cannot."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+        with torch.device("meta"):
+            quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    except Exception as error:  # each kind needs another package, and some need a GPU: what stands in the way is printed
+        return f"Its layers cannot be made here ({error}), so the table describes the model before quantization."
+    return None
 
 
 def _dtypes(model: torch.nn.Module) -> str:

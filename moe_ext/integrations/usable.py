@@ -59,6 +59,13 @@ def require_plain(module: nn.Module) -> None:
         raise Refused(f"a weight is a {type(other).__name__}, not a plain tensor: enable before the model is sharded")
 
 
+def require_known_dtypes(module: nn.Module) -> None:
+    """Raises Refused for a module with a parameter of a floating-point dtype that the ops do not compute in. Packed ones are integers."""
+    other = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype not in DTYPES), None)
+    if other is not None:
+        raise Refused(f"a weight is {_name(other)}; supported are {', '.join(map(_name, DTYPES))}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

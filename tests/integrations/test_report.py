@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,3 +110,39 @@ def test_strict_raises_with_the_report_for_experts_nothing_is_known_about() -> N
     with pytest.raises(moe_ext.EnableError, match="1 of 3 expert blocks would be skipped"):
         moe_ext.enable(model, strict=True)
     assert moe_ext.explain(model).enabled_count == 0
+
+
+class FP8Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*sizes, bias=False) for sizes in ((16, 8), (16, 8), (8, 16)))
+        for layer in self.children():
+            layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (layer.weight.to(x.dtype) for layer in self.children())
+        return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+class FP8Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(FP8Expert() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(x).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("asked", [moe_ext.explain, moe_ext.enable], ids=["explain", "enable"])
+def test_T145_explain_gives_the_reason_for_which_enable_refuses_experts_in_fp8(asked: Callable[..., EnableReport]) -> None:
+    with pytest.raises(moe_ext.NoExpertsFound) as error:
+        asked(nn.Sequential(FP8Block()))
+    (block,) = error.value.rejected
+    assert block.reason == "a weight is float8_e4m3fn; supported are float64, float32, bfloat16, float16"

@@ -312,9 +312,24 @@ def test_explain_reads_a_checkpoint_without_weights(tmp_path: Path, capsys: pyte
 
 @pytest.mark.tf4
 def test_explain_says_when_a_checkpoint_is_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    write_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     assert main(["explain", str(tmp_path)]) == 0
-    assert "is quantized" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "is quantized" in printed and "cannot be made here" in printed and "before quantization" in printed
+
+
+def test_T145_explain_refuses_experts_in_fp8_as_enable_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint's layers are made on meta, so the reason is that of the model with its weights."""
+    write_config(tmp_path, num_hidden_layers=1, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert main(["explain", str(tmp_path)]) == 1
+    assert "registry of its own, FP8ExpertsInterface" in capsys.readouterr().err
+
+
+@pytest.mark.tf4
+def test_T145_explain_of_a_4_bit_checkpoint_describes_its_4_bit_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path, num_hidden_layers=1, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "The table describes its quantized layers." in capsys.readouterr().out
 
 
 @pytest.mark.tf4

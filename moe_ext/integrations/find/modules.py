@@ -19,7 +19,7 @@ from ..formulas import Formula, own_formula, plain_candidates
 from ..run import decorated, listed
 from ..run.patch import Reader
 from ..run.stacks import stacks
-from ..usable import Refused, require_own_method, require_plain, require_usable
+from ..usable import Refused, require_known_dtypes, require_own_method, require_plain, require_usable
 from . import layouts
 from .alike import are_experts, linears, require_alike, require_known_activation
 
@@ -184,6 +184,7 @@ def _listed(module: nn.Module, container: str, owner: nn.Module) -> Found:
     experts = listed.container_of(module, container)
     try:
         require_plain(experts)
+        require_known_dtypes(experts)
         require_own_method(module)
         require_alike(experts, container or "expert")
         listed.require_no_hooks(experts)
