@@ -369,10 +369,11 @@ def _autocast(op: Any, device: str, keep: tuple[int, ...]) -> Callable[..., Any]
     return implementation
 
 
+#: The ops that autocast casts for, and which of their arguments stay as they are.
+_KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    for _overload, _keep in (("grouped_forward", (2,)), ("grouped_forward.list", (2,)), ("grouped_mm", ()), ("grouped_mm.list", ())):
-        _packet, _, _variant = _overload.partition(".")
-        _LIBRARY.impl(_overload, _autocast(getattr(getattr(moe, _packet), _variant or "default"), _device, _keep), _key)
+    for _name, _keep in _KEEPS.items():
+        _LIBRARY.impl(_name, _autocast(_overload(_name), _device, _keep), _key)
 
 
 # ------------------------------------------------------------------------------------------------------------ transforms of torch.func
@@ -388,8 +389,7 @@ def _transform(formula: Callable[..., Any], casts: bool, keep: tuple[int, ...]) 
     return implementation
 
 
-_KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
-_FORMULAS = {
+_FORMULAS: dict[str, Callable[..., Any]] = {
     "grouped_forward": formulas.grouped_forward, "grouped_forward.list": formulas.grouped_forward_list,
     "sort_by_expert": formulas.sort_by_expert, **{name: rules[0] for name, rules in _DIFFERENTIABLE.items()},
 }  # fmt: skip

@@ -44,7 +44,7 @@ def each_of_a_batch(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        plain = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(grads, is_batch, strict=True)]
+        plain: list[Any] = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(grads, is_batch, strict=True)]
         count = next(g.shape[0] for g, b in zip(plain, is_batch, strict=True) if b)
         results = [backward(ctx, *(g[i] if b else g for g, b in zip(plain, is_batch, strict=True))) for i in range(count)]
         return tuple(None if r[0] is None else torch._add_batch_dim(torch.stack(r), 0, level) for r in zip(*results, strict=True))
@@ -296,7 +296,9 @@ def up_projection(x: Tensor, maps: Sequence[Tensor], ups: Sequence[Any], biases:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def after_activation(pre_act: Tensor, top_k_weights: Tensor, maps: Sequence[Tensor], down: Any, bias: Any, options: dict[str, Any]) -> Tensor:
+def after_activation(
+    pre_act: Tensor, top_k_weights: Tensor, maps: Sequence[Tensor], down: Any, bias: Any, options: dict[str, Any]
+) -> Tensor:
     expert_offsets, row_to_slot, slot_to_row = maps
     act = gated_activation(pre_act, **{name: options[name] for name in _OF_ACTIVATION if name in options})
     y = grouped_mm(act, down, expert_offsets, bias, transposed=options.get("transposed", False))

@@ -41,7 +41,9 @@ def arguments(name: str, dtype: torch.dtype, draw: int = 0) -> tuple[tuple[Any, 
     return BUILDS[name](Maker(dtype, f"{name}/{draw}"))
 
 
-def flat_function(case: Case, function: Callable[..., Any], args: Any, options: dict[str, Any]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def flat_function(
+    case: Case, function: Callable[..., Any], args: Any, options: dict[str, Any]
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """`function` of its differentiable tensors alone, lists spliced in, and these."""
     leaves = [t for i in case.entry.differentiable if i < len(args) for t in tensors(args[i])]
 

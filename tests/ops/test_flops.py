@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers.op_table import Case, tensors
 
 
-
 def count(function: Any, args: Any, options: dict[str, Any], trained: tuple[int, ...]) -> int:
     args = [_leaf(a) if i in trained else a for i, a in enumerate(args)]
     leaves = [t for t in tensors(args) if t.requires_grad]

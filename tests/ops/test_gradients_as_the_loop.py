@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext import ops
 from moe_ext.experts import ExpertSpec, ListedWeights
 from moe_ext.functional import grouped_experts
 from moe_ext.integrations.run.peft import LoraProjection, LowRank
@@ -83,7 +82,9 @@ def test_T105_data_replaced_after_the_forward(is_list: bool, create_graph: bool)
         if replace:
             for t in leaves:
                 t.data = torch.full_like(t, float("nan"))
-        return list(torch.autograd.grad(out.square().sum(), [x, *leaves], create_graph=create_graph, allow_unused=True, materialize_grads=True))
+        return list(
+            torch.autograd.grad(out.square().sum(), [x, *leaves], create_graph=create_graph, allow_unused=True, materialize_grads=True)
+        )
 
     assert all(map(torch.equal, gradient(True), gradient(False)))
 
