@@ -7,6 +7,7 @@ computed or kept. Second derivatives, tangents and transforms of `torch.func` go
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,27 @@ class _Listed:
 _DEFAULTS = {"activation": "silu", "gated": True, "transposed": False, "interleaved": False, "alpha": None, "limit": None}
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _ReadFrom(torch.autograd.Function):
+    """apply(parameter, values): the values; their gradient is the parameter's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _GroupedForward(torch.autograd.Function):
     """apply(layout, keyset, options, sizes, *flat): `flat` holds the arguments in order, lists spliced in; sizes[i] is the length
     of argument i, or None for a plain tensor or None. Returns out, and the pre-activation, which is a result so that a second
@@ -71,8 +93,13 @@ class _GroupedForward(torch.autograd.Function):
         recompute = options.get("recompute", False)
         keep_x = recompute or bool(needs & (Needs.GATE_UP | Needs.UP))
         kept, kept_sizes = _flatten([None if i in layout.up_biases and not recompute else a for i, a in enumerate(args)][3:])
+        # A parameter may get other data before the backward. Its gradient belongs to what the forward has read.
+        ctx.parameters = [t if t is not None and type(t) in _PLAIN and t.is_leaf else None for t in kept]
+        kept = [t if p is None else p.detach() for t, p in zip(kept, ctx.parameters, strict=True)]
         ctx.save_for_backward(args[0] if keep_x else None, args[2], None if recompute else pre_act, *maps, *kept)
         ctx.kept_sizes = kept_sizes
+        watched = [("hidden_states", args[0]), ("top_k_weights", args[2])]
+        ctx.versions = [(name, weakref.ref(t), t._version) for name, t in watched if type(t) in _PLAIN]
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.sizes, ctx.starts, ctx.needs = layout, sizes, starts, needs
         ctx.options = _DEFAULTS | options
@@ -81,8 +108,12 @@ class _GroupedForward(torch.autograd.Function):
     @staticmethod
     @formulas.each_of_a_batch
     def backward(ctx: Any, grad: Tensor | None, grad_pre_act: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        kept = _unflatten(saved[6:], ctx.kept_sizes)
+        saved = _saved_tensors(ctx)
+        flat_kept = list(saved[6:])
+        if torch.is_grad_enabled():
+            pairs = zip(flat_kept, ctx.parameters, strict=True)
+            flat_kept = [_ReadFrom.apply(p, t) if p is not None and p.requires_grad else t for t, p in pairs]
+        kept = _unflatten(flat_kept, ctx.kept_sizes)
         options = {name: ctx.options[name] for name in ctx.layout.options}
         if torch.is_grad_enabled() or grad is None or grad_pre_act is not None or formulas.transformed((grad, *saved)):
             found = _by_formula(ctx, grad, grad_pre_act, saved[:6], kept, options)
@@ -93,9 +124,26 @@ class _GroupedForward(torch.autograd.Function):
         flat: list[Tensor | None] = [None] * sum(1 if size is None else size for size in ctx.sizes)
         for bit, size, start in zip(ctx.layout.groups, ctx.sizes, ctx.starts, strict=True):
             if bit is not None and bit in ctx.needs:
-                for i in range(start, start + (1 if size is None else size)):
-                    flat[i] = next(grads)
+                if size is None:
+                    flat[start] = next(grads)
+                else:
+                    flat[start : start + size] = formulas.without_idle([next(grads) for _ in range(size)], saved[3])
         return None, None, None, None, *flat
+
+
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """ctx.saved_tensors. Raises RuntimeError with the name of a tensor that was changed in place, and a way out."""
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        return saved
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        changed = [name for name, ref, version in ctx.versions if (t := ref()) is not None and t._version != version]
+        raise RuntimeError(
+            f"moe::grouped_forward: {' and '.join(changed) or 'a tensor'} was changed in place between forward and backward, which reads "
+            f"it again: write x = x + experts(x) instead of x += experts(x), or give the experts a copy. torch says: {error}"
+        ) from error
 
 
 def _by_formula(
@@ -321,10 +369,11 @@ def _autocast(op: Any, device: str, keep: tuple[int, ...]) -> Callable[..., Any]
     return implementation
 
 
+#: The ops that autocast casts for, and which of their arguments stay as they are.
+_KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    for _overload, _keep in (("grouped_forward", (2,)), ("grouped_forward.list", (2,)), ("grouped_mm", ()), ("grouped_mm.list", ())):
-        _packet, _, _variant = _overload.partition(".")
-        _LIBRARY.impl(_overload, _autocast(getattr(getattr(moe, _packet), _variant or "default"), _device, _keep), _key)
+    for _name, _keep in _KEEPS.items():
+        _LIBRARY.impl(_name, _autocast(_overload(_name), _device, _keep), _key)
 
 
 # ------------------------------------------------------------------------------------------------------------ transforms of torch.func
@@ -340,8 +389,7 @@ def _transform(formula: Callable[..., Any], casts: bool, keep: tuple[int, ...]) 
     return implementation
 
 
-_KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
-_FORMULAS = {
+_FORMULAS: dict[str, Callable[..., Any]] = {
     "grouped_forward": formulas.grouped_forward, "grouped_forward.list": formulas.grouped_forward_list,
     "sort_by_expert": formulas.sort_by_expert, **{name: rules[0] for name, rules in _DIFFERENTIABLE.items()},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import reference
 from .experts import ExpertSpec
@@ -43,12 +44,25 @@ def each_of_a_batch(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        plain = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(grads, is_batch, strict=True)]
+        plain: list[Any] = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(grads, is_batch, strict=True)]
         count = next(g.shape[0] for g, b in zip(plain, is_batch, strict=True) if b)
         results = [backward(ctx, *(g[i] if b else g for g, b in zip(plain, is_batch, strict=True))) for i in range(count)]
         return tuple(None if r[0] is None else torch._add_batch_dim(torch.stack(r), 0, level) for r in zip(*results, strict=True))
 
     return wrapped
+
+
+def without_idle(grads: Sequence[Tensor | None], expert_offsets: Tensor) -> list[Tensor | None]:
+    """The gradients of experts with one tensor each: None for those without rows, as a loop over the experts that have rows leaves it.
+
+    In a graph the number of gradients is fixed: there, and while CUDA captures one, they stay zeros. On CUDA this waits for the GPU.
+    """
+    if type(expert_offsets) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return list(grads)
+    if get_proxy_mode() is not None or (expert_offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return list(grads)
+    starts = expert_offsets.tolist()
+    return [g if end > start else None for g, start, end in zip(grads, starts, starts[1:], strict=False)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- products
@@ -82,9 +96,13 @@ class Product(torch.autograd.Function):
         count = len(weight)
         if any(needs[4 : 4 + count]):
             a, b = (x, grad) if ctx.transposed else (grad, x)
-            grads[:count] = _unstacked(WeightGrad.apply(a, b, expert_offsets), ctx.experts)
+            if ctx.experts:  # with memory of its own for each
+                grads[:count] = without_idle(moe.grouped_mm_wgrad.list(a, b, expert_offsets), expert_offsets)
+            else:
+                grads[0] = moe.grouped_mm_wgrad.default(a, b, expert_offsets)
         if any(needs[4 + count :]):
-            grads[count:] = _unstacked(grouped_bias_grad(grad, expert_offsets), ctx.experts)
+            found = moe.grouped_bias_grad.default(grad, expert_offsets)
+            grads[count:] = without_idle(found.unbind(), expert_offsets) if ctx.experts else [found]
         return grad_x, None, None, None, *grads
 
     @staticmethod
@@ -187,10 +205,6 @@ class BiasGrad(torch.autograd.Function):
 def _one_by_one(function: Callable[..., Tensor], count: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Tensor, int]:
     batches = [[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(count)]
     return torch.stack([function(*batch) for batch in batches]), 0
-
-
-def _unstacked(stack: Tensor, experts: int) -> list[Tensor]:
-    return list(stack.unbind()) if experts else [stack]
 
 
 def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
@@ -333,4 +347,4 @@ def vjp(function: Callable[..., Tensor], args: Sequence[Tensor], grad: Tensor) -
     with torch.enable_grad():  # torch.func.vjp does not run below hooks on saved tensors
         inputs = [t.view_as(t) for t in args]
         inputs = [t if t.requires_grad else t.requires_grad_() for t in inputs]
-        return torch.autograd.grad(function(*inputs), inputs, grad, create_graph=again)
+        return torch.autograd.grad(function(*inputs), inputs, grad, create_graph=again, allow_unused=True, materialize_grads=True)

@@ -52,6 +52,7 @@ _load()
 
 from . import _autograd as _autograd  # noqa: E402  (needs the loaded schemas)
 from . import _fake as _fake  # noqa: E402
+from . import _flops as _flops  # noqa: E402
 
 moe = torch.ops.moe
 

@@ -103,3 +103,26 @@ def test_T101_T102_T103_experts_in_4_bit() -> None:
         lambda f, x, v: torch.func.grad(lambda a: f(a).square().sum())(x),
     ):
         assert_accurate(of(function, x, v), of(plain, x, v), of(plain, x.double(), v.double()))
+
+
+def test_T109_compiled_experts_with_adapters_on_their_stacks() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    import moe_ext
+    from tests.helpers.models import Holder, build_experts, routing
+
+    experts = build_experts("qwen3_moe", torch.float32).requires_grad_(False)
+    held = Holder(experts)
+    moe_ext.enable(held, strict=True)
+    names = [f"experts_of_mine.{name}" for name in ("gate_up_proj", "down_proj")]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=names, init_lora_weights=False)
+    model = peft.get_peft_model(held, config)
+    args = torch.randn(6, experts.down_proj.shape[1], requires_grad=True), *routing(6, len(experts.down_proj))
+    factors = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> list[Tensor]:
+        out = held.experts_of_mine(*args)
+        return [out, *torch.autograd.grad(out.square().sum(), factors)]
+
+    expected = run()
+    experts.compile(backend="aot_eager")
+    assert all(map(torch.equal, run(), expected))

@@ -286,7 +286,8 @@ def test_ops_page_has_every_schema() -> None:
 
 
 def test_traps_page_has_every_number_and_every_test() -> None:
-    """A row for each of T1 to T100, those since, and C1 to C50; the tests that are named after a number stand in its row, and no others."""
+    """A row for each of T1 to T100, of those added since, and of C1 to C50; the tests that are named after a number stand in its row,
+    and no others."""
     page = (ROOT / "docs/traps.md").read_text()
     rows = {m[1]: m[0] for m in re.finditer(r"^\| ([TC]\d+) \|.*$", page, re.MULTILINE)}
     numbers = [int(n[1:]) for n in rows if n[0] == "T"]

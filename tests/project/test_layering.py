@@ -19,7 +19,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Rank of each module: it may import modules of a lower rank.
 RANKS = {
     "experts": 0, "_needs": 0, "testing": 0, "reference": 1, "report": 1,
-    "_checks": 1, "_formulas": 2, "_autograd": 3, "_fake": 2, "ops": 3, "functional": 4, "modules": 5,
+    "_checks": 1, "_formulas": 2, "_autograd": 3, "_fake": 2, "_flops": 2, "ops": 3, "functional": 4, "modules": 5,
     "integrations.__init__": 5, "integrations.run.__init__": 5, "integrations.find.__init__": 5,
     "integrations.transformers_facts": 5, "integrations.usable": 5, "integrations.after_import": 5, "integrations.state": 5,
     "integrations.run.bitsandbytes": 6, "integrations.run.peft": 6, "integrations.run.stacks": 6, "integrations.run.routing": 6,
@@ -81,7 +81,7 @@ def test_every_module_has_a_rank() -> None:
 def test_imports_point_downwards(path: Path) -> None:
     module = name_of(path)
     for other in own_imports(path):
-        if module == "ops" and other in ("_autograd", "_fake"):
+        if module == "ops" and other in ("_autograd", "_fake", "_flops"):
             continue  # loading the ops registers their gradients and fakes
         assert rank(other) < rank(module), f"{module} (rank {rank(module)}) imports {other} (rank {rank(other)})"
 

@@ -159,7 +159,7 @@ class _Shrink(torch.autograd.Function):
             if rows is not None:
                 wgrad = ops.moe.grouped_mm_wgrad.list if a[0].dim() == 2 else ops.moe.grouped_mm_wgrad.default
                 grad_a = wgrad(grad, rows.to(grad.dtype), expert_offsets)
-        grad_a = [grad_a] if isinstance(grad_a, Tensor) else grad_a
+        grad_a = [grad_a] if isinstance(grad_a, Tensor) else _formulas.without_idle(grad_a, expert_offsets)
         return None if grad_rows is None else grad_rows.to(ctx.rows_dtype), None, *grad_a
 
 
@@ -266,14 +266,20 @@ class _Pending:
     applied: bool = False
 
 
-def _slot() -> str:
-    """The attribute of a set of experts that holds what PEFT has put on it, for the length of one call of this thread."""
-    thread = 0 if torch.compiler.is_compiling() else threading.get_ident()  # what is traced is gone when the graph runs
-    return f"_moe_ext_pending_adapters_{thread}"
+#: The attribute of a set of experts that holds what PEFT has put on it, for the length of a call: of all threads, and by thread.
+_ALL_THREADS = "_moe_ext_pending_adapters"
+
+
+def _slots() -> tuple[str, ...]:
+    if torch.compiler.is_compiling():
+        return (_ALL_THREADS,)
+    return _ALL_THREADS, f"{_ALL_THREADS}_{threading.get_ident()}"
 
 
 def _pending(experts: nn.Module) -> Sequence[_Pending]:
-    return experts.__dict__.get(_slot(), ())
+    """What waits for this call. A compiled forward cannot ask for its thread; adapters of the same wrapper are the same in all threads,
+    since a wrapper's state is."""
+    return experts.__dict__.get(_slots()[-1], ())
 
 
 def defer_activation(accepts: Callable[[nn.Module, str], bool]) -> None:
@@ -295,15 +301,16 @@ def defer_activation(accepts: Callable[[nn.Module, str], bool]) -> None:
             with original(self, active_adapters):
                 yield
             return
-        pending = _Pending(self, active)
-        everything = experts.__dict__.setdefault(_slot(), [])
-        everything.append(pending)
+        pending, slots = _Pending(self, active), _slots()
+        for slot in slots:
+            experts.__dict__.setdefault(slot, []).append(pending)
         try:
             yield
         finally:
-            everything.remove(pending)
-            if not everything:
-                del experts.__dict__[_slot()]
+            for slot in slots:
+                experts.__dict__[slot].remove(pending)
+                if not experts.__dict__[slot]:
+                    del experts.__dict__[slot]
         if not pending.applied:
             raise RuntimeError(f"{type(experts).__name__}.forward did not run moe_ext, which was to apply its adapters {active}")
 
@@ -320,7 +327,9 @@ def with_adapters(experts: nn.Module, weights: StackedWeights, names: tuple[str,
     if not pending:
         return weights
     found: dict[str, Adapters] = {}
-    for one in pending:
+    for i, one in enumerate(pending):
+        if any(one.wrapper is earlier.wrapper for earlier in pending[:i]):
+            continue  # of another thread
         adapters = [_stacked_factors(one.wrapper, name, transposed) for name in one.active]
         if any(type(t) not in _PLAIN_TENSORS for adapter in adapters for t in adapter.tensors()):
             raise Refused(f"an adapter of {one.wrapper.parameter_name} is not a plain tensor")
