@@ -13,7 +13,7 @@ from .integrations.find.modules import DecoratedExperts, Found, LinearExperts, L
 from .integrations.run import bitsandbytes, decorated, patch
 from .integrations.run.listed import ListedReader
 from .integrations.run.patch import MethodReplacement, Replacement
-from .integrations.usable import Refused
+from .integrations.usable import NotNow, Refused
 from .report import BlockReport
 
 
@@ -33,6 +33,14 @@ class Block(ABC):
     def __init__(self, found: Found) -> None:
         self.found, self.module = found, found.module
         self.report = BlockReport(found.name, type(found.module).__name__, found.layout)
+
+        #: Whether it is skipped for a reason that may pass.
+        self.may_pass = False
+
+    def refuse_for(self, refused: Refused) -> None:
+        """`refuse` for what was raised."""
+        self.refuse(str(refused))
+        self.may_pass = isinstance(refused, NotNow)
 
     def refuse(self, reason: str | None) -> None:
         """Whatever else is known of it, it is left to its own code; None changes nothing."""
@@ -68,7 +76,7 @@ class DecoratedBlock(Block):
         self.previous = decorated.previous_implementation(found.module)
         self.shares_config: list[DecoratedBlock] = [self]
         if isinstance(found.formula, Refused):
-            self.refuse(str(found.formula))
+            self.refuse_for(found.formula)
         else:
             self.report.path = "composed" if found.adapted else found.formula.path
             self.report.enabled = self.is_enabled()
@@ -104,7 +112,7 @@ class ReplacedBlock(Block):
         self.report.path = "composed" if isinstance(found, LinearExperts) or found.adapted else "fused"
         self.report.enabled = self.is_enabled()
         if isinstance(found, Unsupported):
-            self.refuse(str(found.refused))
+            self.refuse_for(found.refused)
 
     def prove(self, options: Options) -> None:
         if self.report.reason is not None:

@@ -64,7 +64,8 @@ def enable(
         A report with one row for each set of experts: enabled, or the reason why not.
 
     Raises:
-        NoExpertsFound: If no module is a set of experts that moe_ext can compute. The message lists what was looked at.
+        NoExpertsFound: If no module is a set of experts that moe_ext can compute, now or when a reason like offloaded weights has passed.
+            The message lists what was looked at.
         EnableError: If strict is set and any set of experts would be skipped. It holds the report.
         ValueError: If quantized is neither of the two.
         RuntimeError: If the model's code, run on a copy, changed the model itself. The message names what; it was put back.
@@ -170,5 +171,5 @@ def _report(model: nn.Module, blocks: list[Block]) -> EnableReport:
 
 
 def _require_experts(model: nn.Module, blocks: list[Block]) -> None:
-    if all(block.report.reason is not None for block in blocks):
+    if all(block.report.reason is not None and not block.may_pass for block in blocks):
         raise NoExpertsFound(type(model).__name__, [block.report for block in blocks], sum(1 for _ in model.modules()))

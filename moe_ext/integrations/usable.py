@@ -25,6 +25,10 @@ class Refused(Exception):
     """Why something is left to the model's own code: one sentence, which `str()` gives."""
 
 
+class NotNow(Refused):
+    """A reason that may pass, as that weights are offloaded or sharded: the same model can be enabled at another time."""
+
+
 def disabled_by_environment() -> bool:
     """Whether MOE_EXT_DISABLE asks for the models' own code; read at each call (by a compiled graph: when it is traced)."""
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
@@ -43,20 +47,20 @@ def require_usable(tensors: Sequence[Tensor | None], like: Tensor | None = None)
         if t is None or first is None:
             raise Refused("a weight is missing or is computed by a parametrization")
         if is_traceable_wrapper_subclass(t):
-            raise Refused(f"a weight is a {type(t).__name__}, not a plain tensor")
+            raise NotNow(f"a weight is a {type(t).__name__}, not a plain tensor")
         if t.numel() == 0:
-            raise Refused("a weight is empty: it is sharded by ZeRO-3, or not loaded")
+            raise NotNow("a weight is empty: it is sharded by ZeRO-3, or not loaded")
         if t.dtype not in DTYPES:
             raise Refused(f"a weight is {_name(t.dtype)}; supported are {', '.join(map(_name, DTYPES))}")
         if t.device != first.device or (t.dtype != first.dtype and not (like is not None and autocast_is_on(first.device))):
-            raise Refused(f"a weight is {_name(t.dtype)} on {t.device}, where {_name(first.dtype)} on {first.device} is needed")
+            raise NotNow(f"a weight is {_name(t.dtype)} on {t.device}, where {_name(first.dtype)} on {first.device} is needed")
 
 
 def require_plain(module: nn.Module) -> None:
     """Raises Refused for a module with a parameter that is no plain tensor."""
     other = next((p for p in module.parameters() if is_traceable_wrapper_subclass(p)), None)
     if other is not None:
-        raise Refused(f"a weight is a {type(other).__name__}, not a plain tensor: enable before the model is sharded")
+        raise NotNow(f"a weight is a {type(other).__name__}, not a plain tensor: enable before the model is sharded")
 
 
 def require_known_dtypes(module: nn.Module) -> None:
@@ -83,7 +87,7 @@ def require_own_method(module: nn.Module, attribute: str = "forward") -> None:
     if attribute in module.__dict__.get(OUR_PATCHES, {}):  # ours, or a wrapper put around ours
         return
     by = getattr(method, "__qualname__", type(method).__name__)
-    raise Refused(f"its {attribute} was replaced on the instance (by {by} of {getattr(method, '__module__', 'unknown origin')})")
+    raise NotNow(f"its {attribute} was replaced on the instance (by {by} of {getattr(method, '__module__', 'unknown origin')})")
 
 
 def is_hooked(*modules: nn.Module) -> bool:

@@ -137,21 +137,31 @@ def _is_meta(found: Found) -> bool:
 
 
 def _search(found: RoutedExperts, hint: Sequence[MethodReplacement]) -> tuple[list[MethodReplacement], Proof]:
+    failed: Proof | None = None
     try:
-        proven: list[MethodReplacement] = []
-        whole = Proof()
-        for site in candidates.sites(found, 8 * TOKENS):
-            known = (candidates.adapted(r) for r in hint if r.attribute == site.attribute)
-            one, proof = _first(known, partial(_prove_at, found, site=site, first=False))
-            if not one:
-                one, proof = _first(candidates.candidates(found, site), partial(_prove_at, found, site=site, first=True))
-            whole.figures |= proof.figures
-            if proof.reason is not None:
-                return [], Proof(proof.reason, whole.figures)
-            proven += one
-        return proven, whole
+        for sites in candidates.sites(found, 8 * TOKENS):
+            proven, proof = _search_at(found, sites, hint)
+            if proof.reason is None:
+                return proven, proof
+            failed = failed or proof
+        return [], failed or Proof("nothing was found to prove")
     except Refused as refused:
-        return [], Proof(str(refused))
+        return [], failed or Proof(str(refused))
+
+
+def _search_at(found: RoutedExperts, sites: Iterable[Site], hint: Sequence[MethodReplacement]) -> tuple[list[MethodReplacement], Proof]:
+    proven: list[MethodReplacement] = []
+    whole = Proof()
+    for site in sites:
+        known = (candidates.adapted(r) for r in hint if r.attribute == site.attribute)
+        one, proof = _first(known, partial(_prove_at, found, site=site, first=False))
+        if not one:
+            one, proof = _first(candidates.candidates(found, site), partial(_prove_at, found, site=site, first=True))
+        whole.figures |= proof.figures
+        if proof.reason is not None:
+            return [], Proof(proof.reason, whole.figures)
+        proven += one
+    return proven, whole
 
 
 _R = TypeVar("_R")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..formulas import activation_name
-from ..run import listed
+from ..run import bitsandbytes, listed
 from ..sandbox import isolated
 from ..state import Copies
 from ..usable import Refused, require_own_method
@@ -31,6 +31,10 @@ def linears(expert: nn.Module) -> dict[str, Any]:
 def require_alike(container: nn.Module, label: str) -> None:
     """Raises Refused for a list whose experts differ, or do more than linear layers and an activation. label: their name in the reason."""
     experts = listed.members(container)
+    for name, layer in linears(experts[0]).items():
+        base: Any = getattr(layer, "base_layer", layer)  # below an adapter
+        if type(base).__module__.startswith("bitsandbytes.") and not bitsandbytes.is_quantized(base):
+            raise Refused(f"{label}.0.{name} is a {type(base).__name__} of bitsandbytes; of its layers only Linear4bit is supported")
     first = _shapes(experts[0])
     for i, expert in enumerate(experts):
         found = linears(expert)
@@ -44,7 +48,7 @@ def require_alike(container: nn.Module, label: str) -> None:
         try:
             require_own_method(expert)
         except Refused as refused:
-            raise Refused(f"{label}.{i}: {refused}") from None
+            raise type(refused)(f"{label}.{i}: {refused}") from None
         for name, part in expert._modules.items():
             if isinstance(part, nn.Dropout) and part.p > 0:
                 raise Refused(f"{label}.{i}.{name} drops out with p={part.p}, between its projections")

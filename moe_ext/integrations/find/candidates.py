@@ -52,12 +52,34 @@ class LoopSite:
 Site: TypeAlias = MethodSite | LoopSite
 
 
-def sites(found: RoutedExperts, tokens: int) -> list[Site]:
-    """Where ours can take over, one site for each way that training and evaluation take; raises Refused where there is none."""
+def sites(found: RoutedExperts, tokens: int) -> Iterator[list[Site]]:
+    """Where ours can take over, for each hidden size with which the module around the experts can be run: one site for each way that
+    training and evaluation take. With a wrong size too something may run, as in a block that reshapes by the size it knows.
+
+    Raises:
+        Refused: Behind the last, if there was none.
+    """
     names = ["forward"] if found.owner is not found.module else _methods(type(found.module))
     errors: list[str] = []
+    refused: Refused | None = None
+    some = False
+    for hidden in found.sizes():
+        try:
+            one = _sites_of(found, names, hidden, tokens, errors)
+        except Refused as error:
+            refused = refused or error
+        else:
+            some = some or bool(one)
+            if one:
+                yield one
+    if not some:
+        raise refused or Refused(errors[0] if errors else "its sizes fit no hidden size")
+
+
+def _sites_of(found: RoutedExperts, names: Sequence[str], hidden: int, tokens: int, errors: list[str]) -> list[Site]:
+    """The sites for this hidden size; none, and `errors` says why, where nothing runs with it."""
     more = dict.fromkeys((0, len(parameters_of(type(found.owner), "forward")) - 1))
-    for hidden, nones, rows in itertools.product(found.sizes(), more, (False, True)):
+    for nones, rows in itertools.product(more, (False, True)):
         x = _tokens(found, hidden, tokens)
         args = (x[0] if rows else x, *(None for _ in range(nones)))
         seen = {}
@@ -68,7 +90,7 @@ def sites(found: RoutedExperts, tokens: int) -> list[Site]:
                 errors.append(f"{type(found.owner).__name__} cannot be run on hidden states alone ({type(error).__name__}: {error})")
         if seen:
             return _by_mode(found, seen, args)
-    raise Refused(errors[0] if errors else "its sizes fit no hidden size")
+    return []
 
 
 def _by_mode(found: RoutedExperts, seen: dict[bool, dict[str, dict[str, Any]]], args: tuple[Any, ...]) -> list[Site]:

@@ -19,7 +19,7 @@ from ..formulas import Formula, own_formula, plain_candidates
 from ..run import decorated, listed
 from ..run.patch import Reader
 from ..run.stacks import stacks
-from ..usable import Refused, require_known_dtypes, require_own_method, require_plain, require_usable
+from ..usable import NotNow, Refused, require_known_dtypes, require_own_method, require_plain, require_usable
 from . import layouts
 from .alike import are_experts, linears, require_alike, require_known_activation
 
@@ -293,6 +293,8 @@ def _other(name: str, module: nn.Module) -> Found | None:
     if ("expert" not in last and "expert" not in type(module).__name__.lower()) or "shared" in last:
         return None
     stacks = [f"{n} {tuple(p.shape)}" for n, p in module._parameters.items() if p is not None and p.dim() == 3]
+    if any(p is not None and p.dim() > 1 and p.numel() == 0 for p in module._parameters.values()):
+        return Unsupported(module, "stacked", NotNow("a weight is empty: it is sharded by ZeRO-3, or not loaded"))
     if stacks:
         return Unsupported(module, "stacked", Refused(f"{', '.join(stacks)} are no two or three matrices per expert beside a router"))
     if isinstance(module, (nn.ModuleDict, nn.ModuleList)) and len(module) > 1:

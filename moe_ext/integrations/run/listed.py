@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...experts import ListedWeights
-from ..usable import Refused, is_hooked, require_usable
+from ..usable import NotNow, Refused, is_hooked, require_usable
 from . import bitsandbytes, peft
 from .unchanged import Basis, ListLook
 
@@ -114,10 +114,10 @@ def require_no_hooks(container: nn.Module) -> list[nn.Module]:
         if expert is None:
             continue
         if is_hooked(expert):
-            raise Refused(f"expert {name} has hooks or a forward of its own")
+            raise NotNow(f"expert {name} has hooks or a forward of its own")
         for child in expert._modules.values():
             if child is not None and is_hooked(child):
-                raise Refused(f"a part of expert {name} ({type(child).__name__}) has hooks or a forward of its own")
+                raise NotNow(f"a part of expert {name} ({type(child).__name__}) has hooks or a forward of its own")
         found.append(expert)
     return found
 

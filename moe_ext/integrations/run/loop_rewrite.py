@@ -154,12 +154,28 @@ def _source(cls: type, attribute: str) -> ast.FunctionDef:
     node = ast.parse(textwrap.dedent(text)).body[0]
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         raise Refused(f"its {attribute} is decorated")
+    _call_it_self(node)
     node.returns = None
     for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
         argument.annotation = None
     node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]  # the real ones are taken from the original
     node.args.kw_defaults = [d and ast.Constant(None) for d in node.args.kw_defaults]
     return node
+
+
+def _call_it_self(function: ast.FunctionDef) -> None:
+    """Renames the first parameter, which nothing says has to be `self`: all that looks at the code looks for that name."""
+    first = next(iter((*function.args.posonlyargs, *function.args.args)), None)
+    if first is None or first.arg == "self":
+        return
+    own, names = first.arg, [n for n in ast.walk(function) if isinstance(n, ast.Name)]
+    others = [a.arg for a in ast.walk(function) if isinstance(a, ast.arg) and a is not first]
+    if own in others or "self" in others or any(n.id == "self" for n in names):
+        raise Refused(f"its {function.name} uses the name {own!r} of its first parameter, or `self`, for something else")
+    first.arg = "self"
+    for name in names:
+        if name.id == own:
+            name.id = "self"
 
 
 def _loops(function: ast.FunctionDef, container: str) -> list[tuple[list[ast.stmt], ast.For]]:
