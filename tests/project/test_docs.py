@@ -289,7 +289,8 @@ def test_traps_page_has_every_number_and_every_test() -> None:
     """A row for each of T1 to T100 and C1 to C50; the tests that are named after a number stand in its row, and no others."""
     page = (ROOT / "docs/traps.md").read_text()
     rows = {m[1]: m[0] for m in re.finditer(r"^\| ([TC]\d+) \|.*$", page, re.MULTILINE)}
-    assert list(rows) == [f"T{n}" for n in range(1, 101)] + [f"C{n}" for n in range(1, 51)]
+    later = [int(number[1:]) for number in rows if number[0] == "T"][100:]
+    assert list(rows) == [f"T{n}" for n in (*range(1, 101), *later)] + [f"C{n}" for n in range(1, 51)] and later == sorted(set(later))
     named: dict[str, set[str]] = {number: set() for number in rows}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for test in re.findall(r"^def (test_[TC]\d+_\w+)", path.read_text(), re.MULTILINE):
