@@ -413,3 +413,30 @@ def test_T125_hooks_that_are_there_when_it_is_compiled_are_called(kind: str) -> 
     torch._dynamo.reset()
     torch.testing.assert_close(out, torch.compile(plain, backend="eager")(X))
     assert not torch.allclose(out, before)
+
+
+@needs_tf5
+@pytest.mark.parametrize("way", ["compile", "export", "export, strict"])
+def test_T126_a_name_alone_is_fused_by_a_compiler_too(way: str) -> None:
+    """Experts that were given the name "moe_ext" and are compiled before they are called: the formula is found outside of the graph."""
+    moe_ext.register()
+    experts = build_experts("gpt_oss", implementation="moe_ext").requires_grad_(False)
+    index, w = routing(9, 5)
+    x = torch.randn(9, 32)
+    plain = build_experts("gpt_oss", implementation="eager")
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    if way == "compile":
+        out = torch.compile(experts, backend=keep, fullgraph=True)(x, index, w)
+    else:
+        exported = torch.export.export(experts, (x, index, w), strict="strict" in way)
+        graphs.append(exported.graph_module)
+        out = exported.module()(x, index, w)
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes if "moe" in str(node.target)]
+    assert len(names) == 1 and "grouped_forward" in names[0]
+    torch.testing.assert_close(out, plain(x, index, w))

@@ -23,14 +23,14 @@ RANKS = {
     "integrations.__init__": 5, "integrations.run.__init__": 5, "integrations.find.__init__": 5,
     "integrations.transformers_facts": 5, "integrations.usable": 5, "integrations.after_import": 5, "integrations.state": 5,
     "integrations.run.bitsandbytes": 6, "integrations.run.peft": 6, "integrations.run.stacks": 6, "integrations.run.routing": 6,
-    "integrations.run.unchanged": 6,
-    "integrations.sandbox": 7, "integrations.run.listed": 7, "integrations.run.loop_rewrite": 7,
-    "integrations.formulas": 8, "integrations.run.patch": 9, "integrations.run.decorated": 9,
+    "integrations.run.code_reading": 6, "integrations.run.look": 7, "integrations.run.unchanged": 8,
+    "integrations.sandbox": 7, "integrations.run.listed": 9, "integrations.run.loop_rewrite": 7,
+    "integrations.formulas": 8, "integrations.run.patch": 10, "integrations.run.decorated": 10,
     # Finding stands above all that runs at each call.
-    "integrations.find.alike": 10, "integrations.find.layouts": 10, "integrations.find.modules": 11, "integrations.find.candidates": 12,
-    "prove.rule": 13, "prove.call": 14, "prove.loop": 14, "prove.__init__": 15, "_blocks": 16, "_enable": 17, "_auto": 18,
-    "__init__": 19, "cli.__init__": 19, "cli.command": 20, "cli.memory": 20,
-    "cli.doctor": 21, "cli.demo": 21, "cli.main": 22, "__main__": 23,
+    "integrations.find.alike": 11, "integrations.find.layouts": 11, "integrations.find.modules": 12, "integrations.find.candidates": 13,
+    "prove.rule": 14, "prove.call": 15, "prove.loop": 15, "prove.__init__": 16, "_blocks": 17, "_enable": 18, "_auto": 19,
+    "__init__": 20, "cli.__init__": 20, "cli.command": 21, "cli.memory": 21,
+    "cli.doctor": 22, "cli.demo": 22, "cli.main": 23, "__main__": 24,
 }  # fmt: skip
 DATA_ONLY = {"experts": set(), "reference": {"experts"}, "testing": set()}  # stand beside: they import nothing of the rest
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import functional
 from ...experts import ExpertSpec, StackedWeights
@@ -23,7 +24,8 @@ from .. import formulas, transformers_facts
 from ..after_import import after_import
 from ..usable import Refused, log_once, require_enabled, require_own_method, require_plain, require_usable
 from . import peft
-from .unchanged import Basis, Scope
+from .code_reading import Scope
+from .unchanged import Basis
 
 #: The name in transformers' registry of experts implementations.
 IMPLEMENTATION = "moe_ext"
@@ -233,6 +235,8 @@ def runs_ours(module: nn.Module, name: str) -> bool:
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of `self` through `moe_ext.grouped_experts`, or its previous implementation where that cannot be used now."""
+    if torch.compiler.is_compiling():
+        _plan_outside(self)
     plan = plan_of(self) or _plan_on_first_use(self)
     try:
         weights = plan.read(self, hidden_states)
@@ -263,11 +267,17 @@ def run_implementation(module: nn.Module, implementation: str | None, *args: Ten
     return transformers_facts.implementation(module, implementation, eager)(module, *args)
 
 
+@torch.compiler.assume_constant_result
+def _plan_outside(module: nn.Module) -> bool:
+    """Makes the plan of a module that is being compiled or exported, if it has none, outside of the graph."""
+    if plan_of(module) is None:
+        with _disable_current_modes():
+            _plan_on_first_use(module)
+    return True
+
+
 def _plan_on_first_use(module: nn.Module) -> Plan:
     """The plan of a module that was given the name "moe_ext" without `enable`: detected, but not proven."""
-    if torch.compiler.is_compiling():
-        # The formula cannot be probed inside a graph; the module's own functions need no probing.
-        return Enabled(None, formulas.own_formula(module), Basis())
     try:
         plan: Plan = plan_for(module, formula_of(module), IMPLEMENTATION)
     except Refused as refused:

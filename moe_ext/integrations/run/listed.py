@@ -18,7 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ...experts import ListedWeights
 from ..usable import NotNow, Refused, is_hooked, require_usable
 from . import bitsandbytes, peft
-from .unchanged import Basis, ListLook
+from .look import ListLook
+from .unchanged import Basis
 
 #: gate, up and down projection of one expert, by the names that model code uses; other names are told apart by the proof.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -173,7 +174,7 @@ def _projection(linears: list[nn.Module], like: Tensor | None, cache: bitsandbyt
 
 
 class _Snapshot:
-    """What the last look found at plain linear layers. Where they are is compared with what it was (`ListLook`), and the classes, dtypes and
+    """What the last look found at plain linear layers. Where they are is compared with what it was (`ListLook`). The classes, dtypes and
     devices of their tensors are looked at in each call. No module or tensor is kept alive.
     """
 

@@ -23,11 +23,12 @@ from ...experts import ExpertSpec, ExpertWeights
 from ..formulas import Formula
 from ..usable import OUR_PATCHES, Refused, log_once, require_enabled, require_usable
 from . import loop_rewrite
+from .code_reading import Scope
 from .listed import ListedReader
 from .loop_rewrite import Loop
 from .routing import Routing
 from .stacks import SeparateReader, StackedReader
-from .unchanged import Basis, Scope
+from .unchanged import Basis
 
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
 Reader: TypeAlias = StackedReader | SeparateReader | ListedReader
