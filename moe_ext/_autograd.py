@@ -18,14 +18,16 @@ from torch.library import register_autograd
 from ._needs import Needs
 
 _LIBRARY = torch.library.Library("moe", "IMPL")
+_OWN_LIBRARY = torch.library.Library("moe_ext", "IMPL")
 moe = torch.ops.moe
+moe_ext = torch.ops.moe_ext
 
 
 # ---------------------------------------------------------------------------------------------------------------- grouped_forward
 class _Stacked:
     """How the stacked overload lays out its tensor arguments."""
 
-    public, train, backward = moe.grouped_forward.default, moe._grouped_forward_train.default, moe._grouped_backward.default
+    public, train, backward = moe.grouped_forward.default, moe_ext._grouped_forward_train.default, moe_ext._grouped_backward.default
     groups = (Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS, Needs.GATE_UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.DOWN_BIAS)
     projections, up_biases = (3, 4, 5, 6), (5,)  # what the backward takes; what of it only recomputation reads
     options = ("activation", "gated", "transposed", "interleaved", "alpha", "limit")
@@ -34,7 +36,7 @@ class _Stacked:
 class _Listed:
     """How the list overload lays out its tensor arguments; 3 to 8 are lists."""
 
-    public, train, backward = moe.grouped_forward.list, moe._grouped_forward_train.list, moe._grouped_backward.list
+    public, train, backward = moe.grouped_forward.list, moe_ext._grouped_forward_train.list, moe_ext._grouped_backward.list
     groups = (
         Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS,
         Needs.GATE_UP, Needs.UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.UP_BIAS, Needs.DOWN_BIAS,
@@ -146,21 +148,21 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> Any:
     weight = flat if ctx.listed else flat[0]
     count = len(ctx.needs_input_grad)  # trailing defaults are not passed
     needs = [any(n) if isinstance(n, (list, tuple)) else bool(n) for n in ctx.needs_input_grad] + [False] * (4 - count)
-    mm = moe.grouped_mm.list if ctx.listed else moe.grouped_mm.default
-    wgrad = moe.grouped_mm_wgrad.list if ctx.listed else moe.grouped_mm_wgrad.default
+    mm = moe_ext.grouped_mm.list if ctx.listed else moe_ext.grouped_mm.default
+    wgrad = moe_ext.grouped_mm_wgrad.list if ctx.listed else moe_ext.grouped_mm_wgrad.default
     grad_x = mm(grad, weight, expert_offsets, transposed=not ctx.transposed) if needs[0] else None
     grad_weight: Any = [None] * len(flat) if ctx.listed else None
     grad_bias: Any = [None] * len(flat) if ctx.listed else None
     if needs[1]:
         grad_weight = wgrad(*((x, grad) if ctx.transposed else (grad, x)), expert_offsets)
     if needs[3]:
-        grad_bias = moe.grouped_bias_grad(grad, expert_offsets)
+        grad_bias = moe_ext.grouped_bias_grad(grad, expert_offsets)
         if ctx.listed:
             grad_bias = list(grad_bias.unbind())
     return (grad_x, grad_weight, None, grad_bias)[: max(count, 3)] if ctx.listed else (grad_x, grad_weight, None, grad_bias)
 
 
-for _overload in ("moe::grouped_mm", "moe::grouped_mm.list"):
+for _overload in ("moe_ext::grouped_mm", "moe_ext::grouped_mm.list"):
     register_autograd(_overload, _grouped_mm_backward, setup_context=_setup_grouped_mm)
 
 
@@ -171,12 +173,12 @@ def _setup_wgrad(ctx: Any, inputs: Any, output: Any) -> None:
 @once_differentiable
 def _wgrad_backward(ctx: Any, grad: Tensor) -> Any:
     a, b, expert_offsets = ctx.saved_tensors
-    grad_a = moe.grouped_mm(b, grad, expert_offsets) if ctx.needs_input_grad[0] else None
-    grad_b = moe.grouped_mm(a, grad, expert_offsets, transposed=True) if ctx.needs_input_grad[1] else None
+    grad_a = moe_ext.grouped_mm(b, grad, expert_offsets) if ctx.needs_input_grad[0] else None
+    grad_b = moe_ext.grouped_mm(a, grad, expert_offsets, transposed=True) if ctx.needs_input_grad[1] else None
     return grad_a, grad_b, None
 
 
-register_autograd("moe::grouped_mm_wgrad", _wgrad_backward, setup_context=_setup_wgrad)
+register_autograd("moe_ext::grouped_mm_wgrad", _wgrad_backward, setup_context=_setup_wgrad)
 
 
 def _setup_maps(ctx: Any, inputs: Any, output: Any) -> None:
@@ -186,10 +188,10 @@ def _setup_maps(ctx: Any, inputs: Any, output: Any) -> None:
 
 @once_differentiable
 def _permute_backward(ctx: Any, grad: Tensor) -> Any:
-    return moe.unpermute(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
+    return moe_ext.unpermute(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
-register_autograd("moe::permute", _permute_backward, setup_context=_setup_maps)
+register_autograd("moe_ext::permute", _permute_backward, setup_context=_setup_maps)
 
 
 def _setup_unpermute(ctx: Any, inputs: Any, output: Any) -> None:
@@ -202,12 +204,12 @@ def _setup_unpermute(ctx: Any, inputs: Any, output: Any) -> None:
 def _unpermute_backward(ctx: Any, grad: Tensor) -> Any:
     rows, row_to_slot, slot_to_row, top_k_weights = ctx.saved_tensors
     if top_k_weights is None:
-        return moe.permute(grad, row_to_slot, slot_to_row, ctx.top_k), None, None, None, None
-    grad_rows, grad_weights = moe.unpermute_backward(grad, rows, row_to_slot, top_k_weights)
+        return moe_ext.permute(grad, row_to_slot, slot_to_row, ctx.top_k), None, None, None, None
+    grad_rows, grad_weights = moe_ext.unpermute_backward(grad, rows, row_to_slot, top_k_weights)
     return grad_rows, None, None, None, grad_weights
 
 
-register_autograd("moe::unpermute", _unpermute_backward, setup_context=_setup_unpermute)
+register_autograd("moe_ext::unpermute", _unpermute_backward, setup_context=_setup_unpermute)
 
 
 def _setup_activation(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -217,21 +219,21 @@ def _setup_activation(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: A
 
 @once_differentiable
 def _activation_backward(ctx: Any, grad: Tensor) -> Any:
-    return moe.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options)
+    return moe_ext.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options)
 
 
-register_autograd("moe::gated_activation", _activation_backward, setup_context=_setup_activation)
+register_autograd("moe_ext::gated_activation", _activation_backward, setup_context=_setup_activation)
 
 
 def _not_differentiable(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"moe::{name} is itself a gradient: its own gradient is not implemented")
+        raise RuntimeError(f"moe_ext::{name} is itself a gradient: its own gradient is not implemented")
 
     return backward
 
 
 for _name in ("grouped_bias_grad", "gated_activation_backward", "unpermute_backward"):
-    register_autograd(f"moe::{_name}", _not_differentiable(_name))
+    register_autograd(f"moe_ext::{_name}", _not_differentiable(_name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- autocast
@@ -258,4 +260,6 @@ def _autocast(op: Any, device: str, keep: tuple[int, ...]) -> Callable[..., Any]
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     for _overload, _keep in (("grouped_forward", (2,)), ("grouped_forward.list", (2,)), ("grouped_mm", ()), ("grouped_mm.list", ())):
         _packet, _, _variant = _overload.partition(".")
-        _LIBRARY.impl(_overload, _autocast(getattr(getattr(moe, _packet), _variant or "default"), _device, _keep), _key)
+        _shared = _packet == "grouped_forward"
+        _op = getattr(getattr(moe if _shared else moe_ext, _packet), _variant or "default")
+        (_LIBRARY if _shared else _OWN_LIBRARY).impl(_overload, _autocast(_op, _device, _keep), _key)
