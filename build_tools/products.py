@@ -25,6 +25,10 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2, "generic": ()}
 
+# After CXXFLAGS: inline functions that stay functions (-O0), and the marks of an LTO object (-flto, the default of some distributions), are
+# symbols that the linker could share between instruction sets; see checks.check_kernel_object.
+ISA_LAST = ("-O3", "-fno-lto")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -98,7 +102,7 @@ class Products:
         # g++ 12 warns wrongly about its own avx512fintrin.h.
         quiet = ("-Wno-uninitialized", "-Wno-maybe-uninitialized") if "512" in isa and self.plan.compiler.family == "gcc" else ()
         unit = self.cxx(source, f"cpu/kernels/{isa}", f"-DMOE_ISA={isa}", *KERNEL_FLAGS, *ISA_FLAGS[isa], *quiet)
-        return replace(unit, isa=isa)
+        return replace(unit, isa=isa, flags=unit.flags if isa == "generic" else (*unit.flags, *ISA_LAST))
 
     def cuda_library(self) -> Product:
         cuda = self.plan.cuda

@@ -18,7 +18,9 @@ from . import _formulas as formulas
 from ._needs import Needs
 
 _LIBRARY = torch.library.Library("moe", "IMPL")
+_OWN_LIBRARY = torch.library.Library("moe_ext", "IMPL")
 moe = torch.ops.moe
+moe_ext = torch.ops.moe_ext
 
 
 # ---------------------------------------------------------------------------------------------------------------- grouped_forward

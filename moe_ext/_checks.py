@@ -20,7 +20,8 @@ Size = int | torch.SymInt
 
 
 def check(ok: bool | torch.SymBool, op: str, text: Callable[[], str]) -> None:
-    torch._check(ok, lambda: f"moe::{op}: {text()}")  # type: ignore[no-untyped-call]
+    namespace = "moe" if op == "grouped_forward" else "moe_ext"
+    torch._check(ok, lambda: f"{namespace}::{op}: {text()}")  # type: ignore[no-untyped-call]
 
 
 def shape(t: Tensor) -> str:

@@ -61,7 +61,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-@register_fake("moe::sort_by_expert")
+@register_fake("moe_ext::sort_by_expert")
 def _(top_k_index, num_experts):
     check_ids("sort_by_expert", top_k_index)
     check(num_experts >= 1, "sort_by_expert", lambda: f"num_experts={num_experts}, expected at least 1")
@@ -70,7 +70,7 @@ def _(top_k_index, num_experts):
     return tuple(ints)
 
 
-@register_fake("moe::permute")
+@register_fake("moe_ext::permute")
 def _(x, row_to_slot, slot_to_row, top_k):
     check_dim("permute", x, "x", 2, "[T, H]")
     check_float("permute", x, "x")
@@ -80,7 +80,7 @@ def _(x, row_to_slot, slot_to_row, top_k):
     return x.new_empty(row_to_slot.shape[0], x.shape[1])
 
 
-@register_fake("moe::unpermute")
+@register_fake("moe_ext::unpermute")
 def _(rows, row_to_slot, slot_to_row, top_k, top_k_weights=None):
     op = "unpermute"
     check_dim(op, rows, "rows", 2, "[S, H]")
@@ -94,7 +94,7 @@ def _(rows, row_to_slot, slot_to_row, top_k, top_k_weights=None):
     return rows.new_empty(tokens, rows.shape[1])
 
 
-@register_fake("moe::unpermute_backward")
+@register_fake("moe_ext::unpermute_backward")
 def _(grad, rows, row_to_slot, top_k_weights):
     op = "unpermute_backward"
     check_dim(op, rows, "rows", 2, "[S, H]")
@@ -109,7 +109,7 @@ def _(grad, rows, row_to_slot, top_k_weights):
     return rows.new_empty(rows.shape), top_k_weights.new_empty(top_k_weights.shape)
 
 
-@register_fake("moe::grouped_mm")
+@register_fake("moe_ext::grouped_mm")
 def _(x, weight, expert_offsets, bias=None, *, transposed=False):
     op = "grouped_mm"
     check_rows(op, x, "x", expert_offsets)
@@ -124,7 +124,7 @@ def _(x, weight, expert_offsets, bias=None, *, transposed=False):
     return x.new_empty(x.shape[0], outputs)
 
 
-@register_fake("moe::grouped_mm.list")
+@register_fake("moe_ext::grouped_mm.list")
 def _(x, weight, expert_offsets, bias=None, *, transposed=False):
     op = "grouped_mm"
     check_rows(op, x, "x", expert_offsets)
@@ -143,30 +143,30 @@ def _(x, weight, expert_offsets, bias=None, *, transposed=False):
     return x.new_empty(x.shape[0], outputs)
 
 
-@register_fake("moe::grouped_mm_wgrad")
+@register_fake("moe_ext::grouped_mm_wgrad")
 def _(a, b, expert_offsets):
     check_wgrad("grouped_mm_wgrad", a, b, expert_offsets)
     return a.new_empty(expert_offsets.shape[0] - 1, a.shape[1], b.shape[1])
 
 
-@register_fake("moe::grouped_mm_wgrad.list")
+@register_fake("moe_ext::grouped_mm_wgrad.list")
 def _(a, b, expert_offsets):
     check_wgrad("grouped_mm_wgrad", a, b, expert_offsets)
     return [a.new_empty(a.shape[1], b.shape[1]) for _ in range(expert_offsets.shape[0] - 1)]
 
 
-@register_fake("moe::grouped_bias_grad")
+@register_fake("moe_ext::grouped_bias_grad")
 def _(grad, expert_offsets):
     check_rows("grouped_bias_grad", grad, "grad", expert_offsets)
     return grad.new_empty(expert_offsets.shape[0] - 1, grad.shape[1])
 
 
-@register_fake("moe::gated_activation")
+@register_fake("moe_ext::gated_activation")
 def _(pre_act, *, gated=True, **options):
     return pre_act.new_empty(pre_act.shape[0], check_pre_act("gated_activation", pre_act, gated, **options))
 
 
-@register_fake("moe::gated_activation_backward")
+@register_fake("moe_ext::gated_activation_backward")
 def _(grad, pre_act, *, gated=True, **options):
     op = "gated_activation_backward"
     check_shape(op, grad, "grad", pre_act.shape[0], check_pre_act(op, pre_act, gated, **options))
@@ -181,14 +181,14 @@ def _train(hidden_states: Tensor, top_k_index: Tensor, experts: Size, width: Siz
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(0 if recompute else slots, width), *ints
 
 
-@register_fake("moe::_grouped_forward_train")
+@register_fake("moe_ext::_grouped_forward_train")
 def _stacked_forward(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias=None, down_bias=None, *, recompute=False, **options):
     experts, width = check_stacked("grouped_forward", x, gate_up, down, gate_up_bias, down_bias, **options)
     check_routing("grouped_forward", x, top_k_index, top_k_weights)
     return _train(x, top_k_index, experts, width, recompute)
 
 
-@register_fake("moe::_grouped_forward_train.list")
+@register_fake("moe_ext::_grouped_forward_train.list")
 def _listed_forward(
     x, top_k_index, top_k_weights, gate, up, down, gate_bias=None, up_bias=None, down_bias=None, *, recompute=False, **options
 ):
@@ -207,7 +207,7 @@ def _(*args, **options):
     return _listed_forward(*args, **options)[0]
 
 
-@register_fake("moe::_grouped_backward")
+@register_fake("moe_ext::_grouped_backward")
 def _(grad, x, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate_up, down, gate_up_bias, down_bias, **options):
     needs = Needs(options.pop("needs"))
     op, maps = "grouped_backward", (expert_offsets, row_to_slot, slot_to_row)
@@ -226,7 +226,7 @@ def _(grad, x, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row,
     return [results[bit] for bit in sorted(results)]
 
 
-@register_fake("moe::_grouped_backward.list")
+@register_fake("moe_ext::_grouped_backward.list")
 def _(grad, x, top_k_weights, pre_act, expert_offsets, row_to_slot, slot_to_row, gate, up, down, gate_bias, up_bias, down_bias, **options):
     needs = Needs(options.pop("needs"))
     op, maps = "grouped_backward", (expert_offsets, row_to_slot, slot_to_row)

@@ -1,4 +1,5 @@
-"""The compiled ops, `torch.ops.moe.*`, as typed functions. Importing this module loads the libraries.
+"""The compiled ops as typed functions: `torch.ops.moe.grouped_forward`, and `torch.ops.moe_ext.*` for the others. Importing this module
+loads the libraries.
 
 T tokens, K experts per token, E experts, H hidden size, I intermediate size. A slot is one (token, k) pair, numbered `t * K + k`;
 there are S = T * K slots. A row is a position in the order sorted by expert.
@@ -10,6 +11,7 @@ RuntimeError for tensors that do not fit, before anything is computed; the messa
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
@@ -26,8 +28,15 @@ CUDA_LIBRARY = _HERE / "libmoe_cuda.so"
 def _load() -> None:
     # The schemas may be registered once per process, and registering them again would end it: a host that has loaded the
     # library by itself (an embedded interpreter, another import path) is served as it is.
-    if hasattr(torch.ops.moe, "grouped_forward"):
+    if hasattr(torch.ops.moe_ext, "grouped_mm"):
         return
+    # Loading would end the process too where another package has an op of this name: the namespace is shared.
+    if other := torch._C._dispatch_dump("moe::grouped_forward"):
+        by = re.search(r"registered at (.+)", other)
+        raise ImportError(
+            f"another library has registered moe::grouped_forward ({by[1] if by else 'it does not say where'}), the one op that moe_ext "
+            "shares a namespace for; import moe_ext without it, in a process of its own"
+        )
     if not CPU_LIBRARY.exists():
         raise ImportError(_missing())
     torch.ops.load_library(str(CPU_LIBRARY))
@@ -55,6 +64,7 @@ from . import _fake as _fake  # noqa: E402
 from . import _flops as _flops  # noqa: E402
 
 moe = torch.ops.moe
+moe_ext = torch.ops.moe_ext
 
 
 def grouped_forward(
@@ -174,7 +184,7 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     Raises:
         RuntimeError: If top_k_index has another shape or dtype, or if num_experts is less than 1.
     """
-    return moe.sort_by_expert(top_k_index, num_experts)
+    return moe_ext.sort_by_expert(top_k_index, num_experts)
 
 
 def permute(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int) -> Tensor:
@@ -192,7 +202,7 @@ def permute(x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int) -> 
     Raises:
         RuntimeError: If x does not have S / top_k rows, or if the maps do not fit.
     """
-    return moe.permute(x, row_to_slot, slot_to_row, top_k)
+    return moe_ext.permute(x, row_to_slot, slot_to_row, top_k)
 
 
 def unpermute(rows: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int, top_k_weights: Tensor | None = None) -> Tensor:
@@ -211,7 +221,7 @@ def unpermute(rows: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, top_k: int
     Raises:
         RuntimeError: If top_k does not divide S, or if shapes do not fit.
     """
-    return moe.unpermute(rows, row_to_slot, slot_to_row, top_k, top_k_weights)
+    return moe_ext.unpermute(rows, row_to_slot, slot_to_row, top_k, top_k_weights)
 
 
 def grouped_mm(
@@ -237,7 +247,7 @@ def grouped_mm(
     Raises:
         RuntimeError: If shapes, dtypes or devices do not fit, or if a list is empty or of another length.
     """
-    overload = moe.grouped_mm.default if isinstance(weight, Tensor) else moe.grouped_mm.list
+    overload = moe_ext.grouped_mm.default if isinstance(weight, Tensor) else moe_ext.grouped_mm.list
     return overload(x, weight, expert_offsets, bias, transposed=transposed)
 
 
@@ -255,7 +265,7 @@ def grouped_mm_wgrad(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
     Raises:
         RuntimeError: If a and b have different numbers of rows, dtypes or devices.
     """
-    return moe.grouped_mm_wgrad.default(a, b, expert_offsets)
+    return moe_ext.grouped_mm_wgrad.default(a, b, expert_offsets)
 
 
 def gated_activation(
@@ -283,4 +293,4 @@ def gated_activation(
     Raises:
         RuntimeError: If pre_act has an odd number of columns though gated, or if an option has no meaning for the activation.
     """
-    return moe.gated_activation(pre_act, activation=activation, gated=gated, interleaved=interleaved, alpha=alpha, limit=limit)
+    return moe_ext.gated_activation(pre_act, activation=activation, gated=gated, interleaved=interleaved, alpha=alpha, limit=limit)

@@ -1,5 +1,6 @@
 // Checks that end with the values in them. They run before anything is allocated or launched.
 #pragma once
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -11,7 +12,7 @@ namespace moe::ops {
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
-  message << "moe::" << op << ": ";
+  message << (std::strcmp(op, "grouped_forward") ? "moe_ext::" : "moe::") << op << ": ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }

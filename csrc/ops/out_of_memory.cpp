@@ -24,8 +24,7 @@ void throw_torch_error(const std::string& text) {
   void* c10 = dlopen("libc10.so", RTLD_NOLOAD | RTLD_LAZY);
   if (!c10) return;
   void* type = dlsym(c10, "_ZTIN3c1016OutOfMemoryErrorE");
-  void* construct =
-      dlsym(c10, "_ZN3c1016OutOfMemoryErrorC1ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE");
+  void* construct = dlsym(c10, "_ZN3c1016OutOfMemoryErrorC1ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE");
   dlclose(c10);  // torch itself keeps it loaded
   if (!type || !construct) return;
   constexpr size_t kRoom = 1024;  // a c10::Error is 160 bytes

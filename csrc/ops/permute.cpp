@@ -94,8 +94,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
   p.grad_rows = grad_rows.data_ptr();
   p.grad_slot_weights = grad_weights.data_ptr();
   run(op, kernel_table().unpermute_backward, p, rows_in, name(dtype));
-  if (top_k_weights.scalar_type() != grad_weights.scalar_type())
-    grad_weights = as_dtype(grad_weights, top_k_weights.scalar_type());
+  if (top_k_weights.scalar_type() != grad_weights.scalar_type()) grad_weights = as_dtype(grad_weights, top_k_weights.scalar_type());
   return {grad_rows, grad_weights};
 }
 

@@ -6,9 +6,14 @@
 
 namespace moe::ops {
 
-inline void register_ops(torch::stable::detail::StableLibrary& m) {
+// In the namespace `moe`.
+inline void register_shared(torch::stable::detail::StableLibrary& m) {
   m.impl("grouped_forward", TORCH_BOX(&grouped_forward));
   m.impl("grouped_forward.list", TORCH_BOX(&grouped_forward_list));
+}
+
+// In `moe_ext`.
+inline void register_own(torch::stable::detail::StableLibrary& m) {
   m.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
   m.impl("permute", TORCH_BOX(&permute));
   m.impl("unpermute", TORCH_BOX(&unpermute));

@@ -67,7 +67,8 @@ HostLaunch make_launch(const Tensor&) {
 
 }  // namespace moe::ops
 
-STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) { moe::ops::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(moe, CPU, m) { moe::ops::register_shared(m); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { moe::ops::register_own(m); }
 
 // For tests: the ops on CPU tensors run the kernels of `table` from here on; the table they ran before is returned. Its kernels get
 // a null stream and must work on host memory: moe_ext.testing.simulated_gpu() passes the CUDA kernels of the simulator.

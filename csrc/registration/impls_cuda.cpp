@@ -42,4 +42,5 @@ HostLaunch make_launch(const Tensor& like) {
 
 }  // namespace moe::ops
 
-STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) { moe::ops::register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) { moe::ops::register_shared(m); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) { moe::ops::register_own(m); }

@@ -2,9 +2,11 @@
 //
 // Rules: tensors are positional (Python's register_autograd refuses keyword-only ones); optional lists are `[]?=None`, never an
 // empty default, and no dtype travels as ScalarType (both break AOTInductor); results have shapes that do not depend on data.
+//
+// Others register ops in the namespace `moe` too, of any name but grouped_forward: only that is there.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(moe, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(moe, m) {
   // recompute: training keeps hidden_states and the routing only; its backward forms the pre-activation again.
   // hidden_states [T,H], top_k_index [T,K] int, top_k_weights [T,K]; gate_up_proj [E,2I,H] (ungated [E,I,H]) and down_proj [E,H,I],
   // or with transposed=True [E,H,2I] and [E,I,H]; biases [E,2I], [E,H]. -> [T,H]
@@ -17,7 +19,9 @@ STABLE_TORCH_LIBRARY(moe, m) {
       "grouped_forward.list(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor[] gate_proj, Tensor[] up_proj, "
       "Tensor[] down_proj, Tensor[]? gate_bias=None, Tensor[]? up_bias=None, Tensor[]? down_bias=None, *, str activation=\"silu\", "
       "bool gated=True, float? alpha=None, float? limit=None, bool recompute=False) -> Tensor");
+}
 
+STABLE_TORCH_LIBRARY_FRAGMENT(moe_ext, m) {
   // Primitives.
   m.def("sort_by_expert(Tensor top_k_index, int num_experts) -> (Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row)");
   m.def("permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row, int top_k) -> Tensor");

@@ -213,7 +213,7 @@ class Sweep:
 def first_words(message: str) -> str:
     """What went wrong, without the kernel and the place."""
     message = re.sub(r"^_Z\w+: ", "", message)
-    return re.split(r" at |: |, | in |; ", message)[0 if not message.startswith("moe::") else 1][:60]
+    return re.split(r" at |: |, | in |; ", message)[0 if not message.startswith(("moe::", "moe_ext::")) else 1][:60]
 
 
 SWEEP_MODES: list[dict[str, str | int]] = [{"ASYNC": "late", "STRICT": 1}, {"ASYNC": "early"}]

@@ -44,7 +44,7 @@ def test_T133_offsets_outside(bad: str, dtype: torch.dtype, architecture: int, s
         x, g = torch.randn(S, inputs).to(dtype), torch.randn(S, outputs).to(dtype)
         ops.grouped_mm(x, stack, offsets)
         ops.grouped_mm(x, list(stack.transpose(1, 2).contiguous()), offsets, list(torch.randn(4, outputs).to(dtype)), transposed=True)
-        dw, db = ops.grouped_mm_wgrad(g, x, offsets), ops.moe.grouped_bias_grad(g, offsets)
+        dw, db = ops.grouped_mm_wgrad(g, x, offsets), ops.moe_ext.grouped_bias_grad(g, offsets)
         # What is left of each expert within the S rows counts.
         cut = offsets.clamp(0, S).tolist()
         for e in range(4):
@@ -67,6 +67,6 @@ def test_T133_maps_outside(dtype: torch.dtype, H: int) -> None:
             assert torch.equal(ops.permute(x, *maps, K), ops.permute(x, dropped, dropped, K))
             for w in (None, weights):
                 assert torch.equal(ops.unpermute(rows, *maps, K, w), ops.unpermute(rows, dropped, dropped, K, w))
-        found = ops.moe.unpermute_backward(x, rows, row_to_slot, weights)
-        for a, b in zip(found, ops.moe.unpermute_backward(x, rows, dropped, weights), strict=True):
+        found = ops.moe_ext.unpermute_backward(x, rows, row_to_slot, weights)
+        for a, b in zip(found, ops.moe_ext.unpermute_backward(x, rows, dropped, weights), strict=True):
             assert torch.equal(a, b)

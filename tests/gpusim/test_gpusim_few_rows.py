@@ -74,7 +74,7 @@ def test_a_row_does_not_depend_on_the_others(transposed: bool, gpu: SimulatedGpu
     def product(rows: Tensor, values: Tensor) -> Tensor:
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int32)
         offsets[1:] = torch.bincount(expert[rows], minlength=len(counts)).cumsum(0)
-        return torch.ops.moe.grouped_mm(values, weight, offsets, None, transposed=transposed)
+        return torch.ops.moe_ext.grouped_mm(values, weight, offsets, None, transposed=transposed)
 
     everything = product(torch.arange(len(x)), x)
     for rows in (torch.arange(0, len(x), 3), *torch.arange(0, len(x), 11).unbind()):
@@ -92,7 +92,7 @@ def test_both_layouts_give_the_same_bits(listed_weights: bool, gpu: SimulatedGpu
     m = Maker(torch.float16, "layouts")
     x, weight = m.floats(30, 328), m.floats(5, 80, 328, fan_in=328)
     offsets = torch.tensor([0, 4, 4, 21, 28, 29], dtype=torch.int32)
-    function = torch.ops.moe.grouped_mm.list if listed_weights else torch.ops.moe.grouped_mm.default
+    function = torch.ops.moe_ext.grouped_mm.list if listed_weights else torch.ops.moe_ext.grouped_mm.default
     pack = (lambda t: list(t.unbind())) if listed_weights else (lambda t: t)
     one = function(x, pack(weight), offsets, None)
     other = function(x, pack(weight.mT.contiguous()), offsets, None, transposed=True)
@@ -113,12 +113,12 @@ def test_nothing_else_is_read(transposed: bool, gpu: SimulatedGpu) -> None:
     m = Maker(torch.bfloat16, "poison")
     x, weight = m.floats(25, 72), m.floats(4, *((72, 40) if transposed else (40, 72)))
     offsets = torch.tensor([0, 3, 3, 20, 22], dtype=torch.int32)
-    expected = torch.ops.moe.grouped_mm(x, weight, offsets, None, transposed=transposed)
+    expected = torch.ops.moe_ext.grouped_mm(x, weight, offsets, None, transposed=transposed)
     x = poisoned(x, 1, 104)
     x[22:] = float("nan")
     weight = poisoned(poisoned(weight, 2, 104), 1, 80)
     weight[1] = float("nan")
-    assert torch.equal(torch.ops.moe.grouped_mm(x, weight, offsets, None, transposed=transposed), expected)
+    assert torch.equal(torch.ops.moe_ext.grouped_mm(x, weight, offsets, None, transposed=transposed), expected)
     assert torch.equal(expected[22:], torch.zeros(3, 40, dtype=x.dtype))
     assert all(FEW_ROWS in name for name in kernels(gpu))
 
@@ -130,7 +130,7 @@ def test_weights_are_loaded_once_per_tile_of_rows(transposed: bool, gpu: Simulat
     loaded = {}
     for k in (320, 1288):
         weight = torch.randn(3, *((k, outputs) if transposed else (outputs, k))).half()
-        torch.ops.moe.grouped_mm(torch.randn(16, k).half(), weight, offsets, None, transposed=transposed)
+        torch.ops.moe_ext.grouped_mm(torch.randn(16, k).half(), weight, offsets, None, transposed=transposed)
         (launch,) = gpu.take_launches()
         loaded[k] = launch["global_loaded"]
     assert loaded[1288] - loaded[320] == (2 * outputs + 16) * (1288 - 320) * 2
@@ -150,7 +150,7 @@ def test_other_calls_take_other_kernels(name: str, gpu: SimulatedGpu) -> None:
     x, weight, transposed = OTHERS[name](Maker(torch.float16, name, integers=True))
     S = len(x)
     offsets = torch.tensor([0, 5, 5, 12, S], dtype=torch.int32)
-    found = torch.ops.moe.grouped_mm(x, weight, offsets, None, transposed=transposed)
+    found = torch.ops.moe_ext.grouped_mm(x, weight, offsets, None, transposed=transposed)
     for e in range(4):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
         matrix = weight[e].double() if transposed else weight[e].double().T
@@ -175,19 +175,19 @@ def test_fused_is_bit_for_bit_the_composed(options: dict[str, Any], gpu: Simulat
     options = {k: v for k, v in options.items() if k != "listed"}
     build = layer(T=14, K=3, E=7, H=296, I=40, bias=True, ids="dropped", **options)
     args, _ = (listed(build) if is_list else build)(Maker(torch.bfloat16, str(options)))
-    function = torch.ops.moe._grouped_forward_train
+    function = torch.ops.moe_ext._grouped_forward_train
     out, pre_act, offsets, r2s, s2r = (function.list if is_list else function.default)(*args, **options)
     assert sum(UP in name for name in kernels(gpu)) == 1
-    rows = torch.ops.moe.permute(args[0], r2s, s2r, 3)
+    rows = torch.ops.moe_ext.permute(args[0], r2s, s2r, 3)
     if is_list:
-        gate, up = (torch.ops.moe.grouped_mm.list(rows, args[i], offsets, args[i + 3]) for i in (3, 4))
+        gate, up = (torch.ops.moe_ext.grouped_mm.list(rows, args[i], offsets, args[i + 3]) for i in (3, 4))
         steps = torch.cat([gate, up], 1)
     else:
-        steps = torch.ops.moe.grouped_mm(rows, args[3], offsets, args[5], transposed=transposed)
+        steps = torch.ops.moe_ext.grouped_mm(rows, args[3], offsets, args[5], transposed=transposed)
     assert torch.equal(pre_act, steps) and not pre_act[int(offsets[-1]) :].any()
-    act = torch.ops.moe.gated_activation(steps, **{k: v for k, v in options.items() if k != "transposed"})
+    act = torch.ops.moe_ext.gated_activation(steps, **{k: v for k, v in options.items() if k != "transposed"})
     act[int(offsets[-1]) :] = 0  # the op by itself knows of no dropped slots
     down, down_bias = (args[5], args[8]) if is_list else (args[4], args[6])
-    mm = torch.ops.moe.grouped_mm.list if is_list else torch.ops.moe.grouped_mm.default
+    mm = torch.ops.moe_ext.grouped_mm.list if is_list else torch.ops.moe_ext.grouped_mm.default
     y = mm(act, down, offsets, down_bias, transposed=transposed)
-    assert torch.equal(out, torch.ops.moe.unpermute(y, r2s, s2r, 3, args[2]))
+    assert torch.equal(out, torch.ops.moe_ext.unpermute(y, r2s, s2r, 3, args[2]))

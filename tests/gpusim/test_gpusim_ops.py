@@ -232,7 +232,7 @@ def test_whole_rows_move_16_bytes_at_a_time(case: OwnCase, ampere: SimulatedGpu)
 def test_sort_of_many_slots_or_experts(T: int, E: int, dtype: torch.dtype, ampere: SimulatedGpu) -> None:
     """More slots than one block sorts, more experts than shared memory counts."""
     ids = Maker(torch.float32, "many").ids("dropped", T, 4, E, dtype)
-    for n, p in zip(torch.ops.moe.sort_by_expert(ids, E), plain_ops.sort_by_expert(ids, E), strict=True):
+    for n, p in zip(torch.ops.moe_ext.sort_by_expert(ids, E), plain_ops.sort_by_expert(ids, E), strict=True):
         assert torch.equal(n, p)
     launched = {launch["kernel"] for launch in ampere.take_launches()}
     assert all(any(kernel in name for name in launched) for kernel in (["count", "scan", "place"] if T > 4096 else ["sort"]))
@@ -262,7 +262,7 @@ def test_every_kernel_runs() -> None:
                     args, kwargs = case.inputs(dtype)
                     case.function(*args, **kwargs)
             for ids, T, E in itertools.product((torch.int32, torch.int64), (30, 4400), (37, 9001)):
-                torch.ops.moe.sort_by_expert(Maker(torch.float32).ids("dropped", T, 4, E, ids), E)
+                torch.ops.moe_ext.sort_by_expert(Maker(torch.float32).ids("dropped", T, 4, E, ids), E)
             seen |= {launch["kernel"] for launch in gpu.take_launches()}
             # Those of another test file.
             elsewhere = ("_instructions_", "gathered_gemm_kernel", "slot_weights_kernel", "tensor_maps_sm90")

@@ -223,7 +223,7 @@ def test_same_bits_as_the_activation_by_itself(case: Case) -> None:
         out, pre_act = run_kernel(case, i)
         spec, used = case.spec, int(i.offsets[-1])
         options = {"interleaved": spec.interleaved, "alpha": spec.alpha, "limit": spec.limit}
-        assert torch.equal(out[:used], torch.ops.moe.gated_activation(pre_act[:used].clone(), activation=spec.activation, **options))
+        assert torch.equal(out[:used], torch.ops.moe_ext.gated_activation(pre_act[:used].clone(), activation=spec.activation, **options))
 
 
 @pytest.mark.parametrize("case", [PINGPONG[2], COOPERATIVE[0], LAYOUT_CASES[4]], ids=str)

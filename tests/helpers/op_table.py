@@ -1,4 +1,4 @@
-"""Every op and overload of `torch.ops.moe`: its function in plain_ops.py, what is differentiable, and cases.
+"""Every op and overload of `torch.ops.moe` and `torch.ops.moe_ext`: its function in plain_ops.py, what is differentiable, and cases.
 
 A case is a small builder that gets a `Maker` (dtype, seed, integer-valued or not) and returns the arguments of one call. With
 integer values every sum is exact, so any order of summation, layout or blocking must give the same bits.
@@ -306,7 +306,7 @@ class Case:
     @property
     def function(self) -> Any:
         packet, _, overload = self.op.partition(".")
-        return getattr(getattr(torch.ops.moe, packet), overload or "default")
+        return getattr(getattr(torch.ops.moe if packet == "grouped_forward" else torch.ops.moe_ext, packet), overload or "default")
 
     def inputs(self, dtype: torch.dtype, integers: bool = False, draw: int = 0) -> Inputs:
         return self.entry.cases[self.label](Maker(dtype, f"{self}/{draw}", integers))

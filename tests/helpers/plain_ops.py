@@ -1,4 +1,4 @@
-"""Every op of `torch.ops.moe` once more in plain PyTorch, with the same signature: slow, readable, differentiable, in any dtype.
+"""Every op of `torch.ops.moe` and `torch.ops.moe_ext` in plain PyTorch, with the same signature: slow, readable, differentiable, any dtype.
 In float64 they are the truth, in another dtype the yardstick of the error rule.
 """
 

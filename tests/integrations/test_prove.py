@@ -103,7 +103,7 @@ def test_an_exception_of_the_block_is_a_reason_and_running_out_of_memory_is_not(
 
         monkeypatch.setattr(functional, "grouped_experts", grouped_experts)
 
-    raises(RuntimeError("moe::grouped_mm: no kernel for this"))
+    raises(RuntimeError("moe_ext::grouped_mm: no kernel for this"))
     assert "no kernel for this" in moe_ext.enable(model).blocks[0].reason
     raises(torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError):

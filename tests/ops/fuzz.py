@@ -231,7 +231,7 @@ class Fuzzer:
 
 def overload(name: str) -> Any:
     packet, _, variant = name.partition(".")
-    return getattr(getattr(torch.ops.moe, packet), variant or "default")
+    return getattr(getattr(torch.ops.moe if packet == "grouped_forward" else torch.ops.moe_ext, packet), variant or "default")
 
 
 def main(library: str, count: int, seed: int) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.op_table import ACTIVATIONS, Maker, spread
 from tests.helpers.plain_ops import gated_activation, gated_activation_backward
 
 activations = pytest.mark.parametrize("options", [pytest.param(o, id=name) for name, o in ACTIVATIONS.items()])
-backward = torch.ops.moe.gated_activation_backward
+backward = torch.ops.moe_ext.gated_activation_backward
 
 
 def columns(I: int, options: dict[str, Any]) -> int:  # noqa: E741
@@ -195,7 +195,7 @@ def test_no_rows(options: dict[str, Any]) -> None:
     ],
 )
 def test_option_errors_have_the_values(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RuntimeError, match=f"moe::gated_activation: .*{message}"):
+    with pytest.raises(RuntimeError, match=f"moe_ext::gated_activation: .*{message}"):
         ops.gated_activation(torch.zeros(2, 4), **options)
     with pytest.raises(RuntimeError, match=message):
         backward(torch.zeros(2, 4 if options.get("gated") is False else 2), torch.zeros(2, 4), **options)

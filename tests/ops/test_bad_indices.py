@@ -37,8 +37,8 @@ WITH_OFFSETS: dict[str, Callable[[Tensor], Any]] = {
     "grouped_mm": lambda o: ops.grouped_mm(ROWS, STACK, o),
     "grouped_mm_list": lambda o: ops.grouped_mm(ROWS, list(STACK), o, list(STACK[0, :E])),
     "grouped_mm_wgrad": lambda o: ops.grouped_mm_wgrad(ROWS, ROWS, o),
-    "grouped_mm_wgrad_list": lambda o: ops.moe.grouped_mm_wgrad.list(ROWS, ROWS, o),
-    "grouped_bias_grad": lambda o: ops.moe.grouped_bias_grad(ROWS, o),
+    "grouped_mm_wgrad_list": lambda o: ops.moe_ext.grouped_mm_wgrad.list(ROWS, ROWS, o),
+    "grouped_bias_grad": lambda o: ops.moe_ext.grouped_bias_grad(ROWS, o),
 }
 BAD_OFFSETS = {
     "past_the_rows": (changed(OFFSETS, 5, 1_000_000), r"expert_offsets\[5\] is 1000000 but there are S=14 rows"),
@@ -64,7 +64,7 @@ WITH_MAPS: dict[str, Callable[[Tensor], Any]] = {
     "slot_to_row of permute": lambda m: ops.permute(TOKENS, IDENTITY, m, K),
     "row_to_slot of unpermute": lambda m: ops.unpermute(ROWS, m, IDENTITY, K),
     "slot_to_row of unpermute": lambda m: ops.unpermute(ROWS, IDENTITY, m, K, WEIGHTS),
-    "row_to_slot of unpermute_backward": lambda m: ops.moe.unpermute_backward(TOKENS, ROWS, m, WEIGHTS),
+    "row_to_slot of unpermute_backward": lambda m: ops.moe_ext.unpermute_backward(TOKENS, ROWS, m, WEIGHTS),
 }
 
 
@@ -97,4 +97,4 @@ def test_T131_maps_of_another_device_raise() -> None:
 
 def test_T131_gated_rows_have_two_halves() -> None:
     with pytest.raises(RuntimeError, match="gated_activation_backward: pre_act has 5 columns"):
-        ops.moe.gated_activation_backward(torch.zeros(3, 2), torch.zeros(3, 5))
+        ops.moe_ext.gated_activation_backward(torch.zeros(3, 2), torch.zeros(3, 5))

@@ -137,7 +137,7 @@ def captured(layer: StackedLayer, train: bool) -> tuple[dict[str, list], Tensor]
 
     def record(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
         for node in graph.graph.nodes:
-            if getattr(node.target, "namespace", None) == "moe":
+            if getattr(node.target, "namespace", None) in ("moe", "moe_ext"):
                 nodes.setdefault(node.target._opname, []).append(node)
         return make_boxed_func(graph.forward)
 

@@ -69,7 +69,7 @@ def test_fused_equals_composed_bit_for_bit(name: str, dtype: torch.dtype) -> Non
     expected = fused(*args, **options)
     assert torch.equal(grouped_experts(*routing, weights, spec, path="composed"), expected)
     assert torch.equal(grouped_experts(*routing, weights, spec, path="fused"), expected)
-    assert torch.equal(torch.ops.moe._grouped_forward_train(*args, **options)[0], expected)
+    assert torch.equal(torch.ops.moe_ext._grouped_forward_train(*args, **options)[0], expected)
     if name not in STACKED_ONLY:
         args, options = listed(LAYERS[name])(Maker(dtype, f"grouped_forward-{name}/0"))
         routing, weights, spec = as_data(args, options, is_list=True)
@@ -316,7 +316,7 @@ def test_errors_have_the_values_and_nothing_is_computed(change: dict[str, Any], 
     grown = []
 
     def call() -> None:
-        with pytest.raises(RuntimeError, match=f"moe::(grouped_forward|sort_by_expert): .*({message})"):
+        with pytest.raises(RuntimeError, match=f"moe(_ext)?::(grouped_forward|sort_by_expert): .*({message})"):
             torch.ops.moe.grouped_forward(*args.values(), **options)
         grown.append(True)
 
@@ -330,7 +330,7 @@ def test_meta_tensors_give_shapes_and_mixed_devices_an_error() -> None:
         with pytest.raises(RuntimeError, match="moe::grouped_forward: the tensors are on different devices: cpu, meta"):
             torch.ops.moe.grouped_forward(*(GOOD | {name: on_meta[name]}).values())
     weights = [torch.zeros(5, 4), torch.zeros(5, 4, device="meta")]
-    with pytest.raises(RuntimeError, match="moe::grouped_mm: the tensors are on different devices: cpu, meta"):
+    with pytest.raises(RuntimeError, match="moe_ext::grouped_mm: the tensors are on different devices: cpu, meta"):
         ops.grouped_mm(torch.zeros(2, 4), weights, torch.zeros(3, dtype=torch.int32))
 
 

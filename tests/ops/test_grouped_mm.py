@@ -120,8 +120,8 @@ def test_weight_and_bias_gradients_are_exact_on_whole_numbers(dtype: torch.dtype
     a[sum(counts) :], b[sum(counts) :] = NAN, NAN
     for first, second in ((a, b), (inside_nan(a), inside_nan(b)), (spread(a), b.T.contiguous().T)):
         assert torch.equal(ops.grouped_mm_wgrad(first, second, offsets), dw)
-        assert torch.equal(torch.stack(torch.ops.moe.grouped_mm_wgrad.list(first, second, offsets)), dw)
-        assert torch.equal(torch.ops.moe.grouped_bias_grad(first, offsets), db)
+        assert torch.equal(torch.stack(torch.ops.moe_ext.grouped_mm_wgrad.list(first, second, offsets)), dw)
+        assert torch.equal(torch.ops.moe_ext.grouped_bias_grad(first, offsets), db)
 
 
 def test_float32_is_not_rounded_to_less(dtype: torch.dtype) -> None:
@@ -155,12 +155,12 @@ def test_errors_have_the_values(change: dict[str, object], message: str) -> None
     ops.grouped_mm(*args.values())
     if isinstance(change.get("weight"), list):
         args["bias"] = None
-    with pytest.raises(RuntimeError, match=f"moe::grouped_mm: ({message})"):
+    with pytest.raises(RuntimeError, match=f"moe_ext::grouped_mm: ({message})"):
         ops.grouped_mm(*(args | change).values())
 
 
 def test_wgrad_errors_have_the_values() -> None:
-    with pytest.raises(RuntimeError, match=r"moe::grouped_mm_wgrad: a has shape \[4, 2\] and b \[3, 2\]; both need the same S rows"):
+    with pytest.raises(RuntimeError, match=r"moe_ext::grouped_mm_wgrad: a has shape \[4, 2\] and b \[3, 2\]; both need the same S rows"):
         ops.grouped_mm_wgrad(torch.zeros(4, 2), torch.zeros(3, 2), offsets_of([4]))
     with pytest.raises(RuntimeError, match="b is float64 but a is float32"):
         ops.grouped_mm_wgrad(torch.zeros(4, 2), torch.zeros(4, 2).double(), offsets_of([4]))

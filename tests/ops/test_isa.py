@@ -79,7 +79,7 @@ CALL = "import torch, moe_ext.ops; moe_ext.ops.sort_by_expert(torch.zeros(1, 1, 
 def test_unknown_instruction_set_is_a_clear_error() -> None:
     done = run("sse9", CALL)
     assert done.returncode != 0 and "Traceback" in done.stderr  # an exception, not the end of the process
-    assert "moe::load: MOE_EXT_CPU_ISA=sse9 cannot run here; this processor runs: " in done.stderr
+    assert "moe_ext::load: MOE_EXT_CPU_ISA=sse9 cannot run here; this processor runs: " in done.stderr
     assert "generic" in done.stderr.partition("this processor runs: ")[2]
 
 

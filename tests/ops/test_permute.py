@@ -68,7 +68,7 @@ def test_routing_weights_keep_their_precision(weight_dtype: torch.dtype) -> None
         w[0, 0] = 1 + 2.0**-20
     rows = torch.full((2, 1), 128.0, dtype=torch.bfloat16)
     assert ops.unpermute(rows, r2s, s2r, 2, w).item() == 128 * (w[0, 0].item() - 1)
-    _, grad_w = torch.ops.moe.unpermute_backward(rows[:1], rows, r2s, w)
+    _, grad_w = torch.ops.moe_ext.unpermute_backward(rows[:1], rows, r2s, w)
     assert grad_w.dtype == weight_dtype and (grad_w == 128 * 128).all()
 
 
@@ -77,7 +77,7 @@ def test_unpermute_backward_exact(dtype: torch.dtype, maps: tuple[torch.Tensor, 
     m = Maker(dtype, "backward", integers=True)
     grad, rows, w = m.floats(T, H), m.floats(T * K, H), m.routing_weights(T, K).float()
     rows[r2s < 0] = float("nan")
-    grad_rows, grad_w = torch.ops.moe.unpermute_backward(grad, rows, r2s, w)
+    grad_rows, grad_w = torch.ops.moe_ext.unpermute_backward(grad, rows, r2s, w)
     truth_rows, truth_w = torch.zeros(T * K, H, dtype=torch.float64), torch.zeros(T * K, dtype=torch.float64)
     for row, slot in enumerate(r2s.tolist()):
         if slot >= 0:
@@ -112,7 +112,7 @@ def test_permute_and_unpermute_are_each_others_gradient(dtype: torch.dtype, maps
 def test_errors_have_the_values(change: dict[str, object], message: str) -> None:
     args = {"x": torch.zeros(2, 4), "r2s": torch.arange(4, dtype=torch.int32), "s2r": torch.arange(4, dtype=torch.int32), "top_k": 2}
     ops.permute(*args.values())
-    with pytest.raises(RuntimeError, match=f"moe::permute: {message}"):
+    with pytest.raises(RuntimeError, match=f"moe_ext::permute: {message}"):
         ops.permute(*(args | change).values())
 
 
@@ -126,5 +126,5 @@ def test_errors_have_the_values(change: dict[str, object], message: str) -> None
 )
 def test_unpermute_errors_have_the_values(rows: torch.Tensor, weights: torch.Tensor | None, message: str) -> None:
     maps = torch.arange(4, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=f"moe::unpermute: {message}"):
+    with pytest.raises(RuntimeError, match=f"moe_ext::unpermute: {message}"):
         ops.unpermute(rows, maps, maps, 2, weights)

@@ -77,7 +77,7 @@ def test_a_bias_changed_before_the_backward_is_noticed() -> None:
 def test_hidden_states_are_asked_for() -> None:
     args, options = Case("_grouped_backward", "recompute").inputs(torch.float32)
     with pytest.raises(RuntimeError, match="hidden_states is needed to form the pre-activation again"):
-        torch.ops.moe._grouped_backward(args[0], None, *args[2:], **options)
+        torch.ops.moe_ext._grouped_backward(args[0], None, *args[2:], **options)
 
 
 def test_compiled() -> None:

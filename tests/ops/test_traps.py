@@ -122,8 +122,8 @@ def test_T19_empty_expert_grad_is_exactly_zero(dtype: torch.dtype) -> None:
 def test_T20_rows_past_the_last_expert_leak_into_nothing(is_list: bool) -> None:
     build = layer(bias=True, ids="dropped")
     args, options = (listed(build) if is_list else build)(Maker(torch.float32, "past"))
-    train = torch.ops.moe._grouped_forward_train.list if is_list else torch.ops.moe._grouped_forward_train.default
-    backward = torch.ops.moe._grouped_backward.list if is_list else torch.ops.moe._grouped_backward.default
+    train = torch.ops.moe_ext._grouped_forward_train.list if is_list else torch.ops.moe_ext._grouped_forward_train.default
+    backward = torch.ops.moe_ext._grouped_backward.list if is_list else torch.ops.moe_ext._grouped_backward.default
     out, pre_act, *maps = train(*args, **options)
     used = int(maps[0][-1])
     assert used < len(pre_act) and not pre_act[used:].any() and out.isfinite().all()

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Results of experts without rows; kClearBlocks blocks per expert.
 constexpr int kClearBlocks = 16;
-__global__ void __launch_bounds__(kThreads) clear_experts_kernel(OutputTable out, int64_t M, int64_t N, const int32_t* expert_offsets, int64_t S) {
+__global__ void __launch_bounds__(kThreads)
+    clear_experts_kernel(OutputTable out, int64_t M, int64_t N, const int32_t* expert_offsets, int64_t S) {
   const int64_t e = blockIdx.x / kClearBlocks;
   if (expert_rows(expert_offsets, e, S).count > 0) return;
   uint16_t* matrix = static_cast<uint16_t*>(expert_bytes(out, e, kElement));

@@ -157,7 +157,7 @@ class _Shrink(torch.autograd.Function):
             grad_rows = ops.grouped_mm(grad, _as_weight(a), expert_offsets, transposed=True) if ctx.needs_input_grad[0] else None
             grad_a: Sequence[Tensor | None] = [None] * len(a)
             if rows is not None:
-                wgrad = ops.moe.grouped_mm_wgrad.list if a[0].dim() == 2 else ops.moe.grouped_mm_wgrad.default
+                wgrad = ops.moe_ext.grouped_mm_wgrad.list if a[0].dim() == 2 else ops.moe_ext.grouped_mm_wgrad.default
                 grad_a = wgrad(grad, rows.to(grad.dtype), expert_offsets)
         grad_a = [grad_a] if isinstance(grad_a, Tensor) else _formulas.without_idle(grad_a, expert_offsets)
         return None if grad_rows is None else grad_rows.to(ctx.rows_dtype), None, *grad_a

@@ -137,8 +137,8 @@ class Calls(TorchDispatchMode):
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.namespace == "moe":
-            self.count[func._schema.name.removeprefix("moe::")] += 1
+        if func.namespace in ("moe", "moe_ext"):
+            self.count[func._schema.name.partition("::")[2]] += 1
         return func(*args, **(kwargs or {}))
 
 
