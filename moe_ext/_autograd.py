@@ -27,7 +27,7 @@ moe_ext = torch.ops.moe_ext
 class _Stacked:
     """How the stacked overload lays out its tensor arguments."""
 
-    public, train, backward = moe.grouped_forward.default, moe._grouped_forward_train.default, moe._grouped_backward.default
+    public, train, backward = moe.grouped_forward.default, moe_ext._grouped_forward_train.default, moe_ext._grouped_backward.default
     formula = staticmethod(formulas.grouped_forward)
     groups = (Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS, Needs.GATE_UP, Needs.DOWN, Needs.GATE_UP_BIAS, Needs.DOWN_BIAS)
     ups, down, up_biases, down_bias = (3,), 4, (5,), 6
@@ -37,7 +37,7 @@ class _Stacked:
 class _Listed:
     """How the list overload lays out its tensor arguments; 3 to 8 are lists."""
 
-    public, train, backward = moe.grouped_forward.list, moe._grouped_forward_train.list, moe._grouped_backward.list
+    public, train, backward = moe.grouped_forward.list, moe_ext._grouped_forward_train.list, moe_ext._grouped_backward.list
     formula = staticmethod(formulas.grouped_forward_list)
     groups = (
         Needs.HIDDEN_STATES, None, Needs.TOP_K_WEIGHTS,
@@ -268,7 +268,7 @@ def _save_maps(ctx: Any, x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, to
 
 
 def _permute_backward(ctx: Any, grad: Tensor) -> Any:
-    return (moe.unpermute(grad, *ctx.saved_tensors, ctx.top_k),)
+    return (moe_ext.unpermute(grad, *ctx.saved_tensors, ctx.top_k),)
 
 
 def _save_unpermute(
@@ -281,8 +281,8 @@ def _save_unpermute(
 def _unpermute_backward(ctx: Any, grad: Tensor) -> Any:
     rows, row_to_slot, slot_to_row, top_k_weights = ctx.saved_tensors
     if top_k_weights is None:
-        return (moe.permute(grad, row_to_slot, slot_to_row, ctx.top_k),)
-    grad_rows, grad_weights = moe.unpermute_backward(grad, rows, row_to_slot, top_k_weights)
+        return (moe_ext.permute(grad, row_to_slot, slot_to_row, ctx.top_k),)
+    grad_rows, grad_weights = moe_ext.unpermute_backward(grad, rows, row_to_slot, top_k_weights)
     return grad_rows, None, None, None, grad_weights
 
 
@@ -291,7 +291,7 @@ def _save_first(ctx: Any, pre_act: Tensor) -> None:
 
 
 def _activation_backward(ctx: Any, grad: Tensor) -> Any:
-    return (moe.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options),)
+    return (moe_ext.gated_activation_backward(grad, *ctx.saved_tensors, **ctx.options),)
 
 
 #: Of each op: its formula, and what runs where a gradient is needed.

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._needs import Needs
 
 moe = torch.ops.moe
+moe_ext = torch.ops.moe_ext
 
 
 def _matrix(weight: Sequence[Any]) -> tuple[int, int]:
@@ -35,25 +36,25 @@ def _split(weights: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     return weights[:count], weights[count]
 
 
-@register_flop_formula([moe.grouped_mm])
+@register_flop_formula([moe_ext.grouped_mm])
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
     rows, columns = _matrix(weight)
     return int(2 * x[0] * rows * columns)
 
 
-@register_flop_formula([moe.grouped_mm_wgrad])
+@register_flop_formula([moe_ext.grouped_mm_wgrad])
 def _(a: Any, b: Any, *args: Any, out_shape: Any = None, **options: Any) -> int:
     return int(2 * a[0] * a[1] * b[1])
 
 
-@register_flop_formula([moe.grouped_forward, moe._grouped_forward_train])
+@register_flop_formula([moe.grouped_forward, moe_ext._grouped_forward_train])
 def _(x: Any, top_k_index: Any, top_k_weights: Any, *weights: Any, out_shape: Any = None, **options: Any) -> int:
     ups, down = _split(weights)
     rows, columns = _matrix(down)
     return int(2 * top_k_index[0] * top_k_index[1] * (x[1] * _widths(ups, options) + rows * columns))
 
 
-@register_flop_formula([moe._grouped_backward])
+@register_flop_formula([moe_ext._grouped_backward])
 def _(
     grad: Any, x: Any, top_k_weights: Any, pre_act: Any, expert_offsets: Any, row_to_slot: Any, slot_to_row: Any, *weights: Any,
     out_shape: Any = None, **options: Any,

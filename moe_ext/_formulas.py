@@ -20,6 +20,7 @@ from . import reference
 from .experts import ExpertSpec
 
 moe = torch.ops.moe
+moe_ext = torch.ops.moe_ext
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
@@ -74,8 +75,8 @@ class Product(torch.autograd.Function):
         with kernels_only():
             if not experts:
                 weight, *bias = tensors
-                return moe.grouped_mm.default(x, weight, expert_offsets, bias[0] if bias else None, transposed=transposed)
-            return moe.grouped_mm.list(x, tensors[:experts], expert_offsets, tensors[experts:] or None, transposed=transposed)
+                return moe_ext.grouped_mm.default(x, weight, expert_offsets, bias[0] if bias else None, transposed=transposed)
+            return moe_ext.grouped_mm.list(x, tensors[:experts], expert_offsets, tensors[experts:] or None, transposed=transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -97,11 +98,11 @@ class Product(torch.autograd.Function):
         if any(needs[4 : 4 + count]):
             a, b = (x, grad) if ctx.transposed else (grad, x)
             if ctx.experts:  # with memory of its own for each
-                grads[:count] = without_idle(moe.grouped_mm_wgrad.list(a, b, expert_offsets), expert_offsets)
+                grads[:count] = without_idle(moe_ext.grouped_mm_wgrad.list(a, b, expert_offsets), expert_offsets)
             else:
-                grads[0] = moe.grouped_mm_wgrad.default(a, b, expert_offsets)
+                grads[0] = moe_ext.grouped_mm_wgrad.default(a, b, expert_offsets)
         if any(needs[4 + count :]):
-            found = moe.grouped_bias_grad.default(grad, expert_offsets)
+            found = moe_ext.grouped_bias_grad.default(grad, expert_offsets)
             grads[count:] = without_idle(found.unbind(), expert_offsets) if ctx.experts else [found]
         return grad_x, None, None, None, *grads
 
@@ -136,7 +137,7 @@ class WeightGrad(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
         with kernels_only():
-            return moe.grouped_mm_wgrad.default(a, b, expert_offsets)
+            return moe_ext.grouped_mm_wgrad.default(a, b, expert_offsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -176,7 +177,7 @@ class BiasGrad(torch.autograd.Function):
     @staticmethod
     def forward(grad: Tensor, expert_offsets: Tensor) -> Tensor:
         with kernels_only():
-            return moe.grouped_bias_grad.default(grad, expert_offsets)
+            return moe_ext.grouped_bias_grad.default(grad, expert_offsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -309,7 +310,7 @@ def grouped_forward(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, up_bias: Any = None, down_bias: Any = None,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    maps = moe.sort_by_expert(top_k_index, gate_up.shape[0])
+    maps = moe_ext.sort_by_expert(top_k_index, gate_up.shape[0])
     pre_act = up_projection(x, maps, [gate_up], [up_bias], options.get("transposed", False))
     return after_activation(pre_act, top_k_weights, maps, down, down_bias, options)
 
@@ -318,7 +319,7 @@ def grouped_forward_list(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate: Any, up: Any, down: Any, gate_bias: Any = None, up_bias: Any = None,
     down_bias: Any = None, **options: Any,
 ) -> Tensor:  # fmt: skip
-    maps = moe.sort_by_expert(top_k_index, len(up))
+    maps = moe_ext.sort_by_expert(top_k_index, len(up))
     pre_act = up_projection(x, maps, [gate, up], [gate_bias, up_bias])
     return after_activation(pre_act, top_k_weights, maps, down, down_bias, options)
 

@@ -87,7 +87,7 @@ def test_second_derivative_raises(is_list: bool) -> None:
     (grad,) = torch.autograd.grad((fused_list if is_list else fused)(*args, **options).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert second.abs().sum() > 0
-    train = torch.ops.moe._grouped_forward_train
+    train = torch.ops.moe_ext._grouped_forward_train
     with pytest.raises(RuntimeError, match="has no gradient of its own"):
         (train.list if is_list else train.default)(*args, **options)
 
