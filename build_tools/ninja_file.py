@@ -12,6 +12,7 @@ from pathlib import Path
 from .checks import check_kernel_object, check_library
 from .plan import Plan
 from .products import BUILD_FOLDER, Product, Products
+from .sources import digest, source_digests
 from .toolchain import BuildError
 
 # -MD, not -MMD: another torch or another toolkit in the same place must rebuild what includes it.
@@ -68,6 +69,7 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def write_build_info(plan: Plan, folder: Path) -> None:
     info = f"#pragma once\n#define MOE_BUILD_INFO {json.dumps(plan.build_info())}\n"
+    info += f'#define MOE_CUDA_SOURCES "{digest(source_digests(plan.root))}"\n'
     write_if_changed(folder / "include" / "moe_build_info.h", info)
 
 

@@ -7,6 +7,7 @@ Runs of the same sources on the same machine add up; anything else begins a new 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.status import digest, last_date, source_digests
+from benchmarks.gpu.status import last_date, source_digests
 from benchmarks.gpu.supervise import ROOT
+from build_tools.sources import digest
 
 PACKAGES = ("transformers", "triton", "liger-kernel", "scattermoe", "sonic-moe", "quack-kernels", "nvidia-cutlass-dsl", "pytest")
 Record = dict[str, Any]
@@ -40,12 +42,15 @@ def versions(device: Device) -> dict[str, str]:
 
 
 def library() -> Record:
-    """The CUDA library that runs, and sources that are newer than it: it may not be made of them."""
+    """The CUDA library that runs: its digest, that of the sources it says it is made of, and sources that are newer than it."""
     path = ROOT / "moe_ext" / "libmoe_cuda.so"
     if not path.exists():
-        return {"sha256": None, "older_than": []}
+        return {"sha256": None, "sources": None, "older_than": []}
+    describe = ctypes.CDLL(str(path)).moe_describe
+    describe.restype = ctypes.c_char_p
+    made_of = json.loads(describe()).get("cuda_sources")
     newer = [name for name in source_digests() if (ROOT / name).stat().st_mtime > path.stat().st_mtime]
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "older_than": newer}
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16], "sources": made_of, "older_than": newer}
 
 
 class ResultFile:
@@ -53,9 +58,12 @@ class ResultFile:
 
     def __init__(self, folder: Path, phase: str, device: Device, renders: dict[str, Render] | None = None) -> None:
         self.path, self.renders = folder / f"gpu-{phase}.json", renders or {}
-        sources = source_digests()
+        sources, ran = source_digests(), library()["sources"]
+        if ran not in (None, digest(sources)):
+            sources = {}  # the library is made of others than lie here
         self.data: Record = {
-            "phase": phase, "device": device.kind, "digest": digest(sources), "machine": device.machine(), "versions": versions(device),
+            "phase": phase, "device": device.kind, "digest": ran or digest(sources), "machine": device.machine(),
+            "versions": versions(device),
             "runs": [], "left_out": {}, "results": {}, "sources": sources,
         }  # fmt: skip
         self.displaced = self._merge()

@@ -7,19 +7,19 @@ it writes the block of GPU figures in docs/benchmarks.md, between the two marker
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from build_tools.sources import digest as digest
+from build_tools.sources import source_digests as digests_of_sources
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PHASES = ("correctness", "speed", "profile")
-SOURCES = ("kernels/*", "kernels/cuda/*", "ops/*", "registration/*cuda*", "registration/impls.h", "registration/schemas.cpp")
-SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
 BEGIN = "<!-- GPU figures: written from benchmarks/results/gpu-*.json -->"
 END = "<!-- end of the GPU figures -->"
 
@@ -28,14 +28,8 @@ Result = dict[str, Any]
 
 # ---- sources
 def source_digests(root: Path = ROOT) -> dict[str, str]:
-    """Path to digest, of every source that the CUDA library is made of."""
-    found = {p for pattern in SOURCES for p in (root / "csrc").glob(pattern) if p.suffix in SUFFIXES}
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in sorted(found)}
-
-
-def digest(sources: Mapping[str, str]) -> str:
-    """One digest of all sources: results belong to exactly these."""
-    return hashlib.sha256("\n".join(f"{path} {value}" for path, value in sorted(sources.items())).encode()).hexdigest()[:16]
+    """Path to digest, of every source on disk that a CUDA library would be made of."""
+    return digests_of_sources(root)
 
 
 def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -89,9 +83,11 @@ def status(results: Mapping[str, Result], refused: list[str], sources: Mapping[s
         if result["digest"] == today:
             lines.append(f"{phase}: current ({where})")
         else:
-            changed = changes(result["sources"], sources)
             lines.append(f"{phase}: stale ({where}; sources {result['digest']})")
-            lines += [f"  changed since: {name}" for name in changed]
+            if result["sources"]:
+                lines += [f"  changed since: {name}" for name in changes(result["sources"], sources)]
+            else:
+                lines.append("  the library that ran was made of other sources than lay beside it")
         older = sorted({name for run in result["runs"] for name in run.get("library", {}).get("older_than", ())})
         lines += [f"  the library that ran was older than {name}" for name in older]
         lines += [f"  failed: {key}: {message}" for key, message in failures(result).items()]
