@@ -47,12 +47,19 @@ def weights_of(spec: ExpertSpec, dtype: torch.dtype, seed: int) -> Weights:
     return StackedWeights(up.to(dtype), down.to(dtype))
 
 
+def _stacks(weights: Weights) -> tuple[Tensor, Tensor]:
+    up, down = weights.gate_up_proj, weights.down_proj
+    if not (isinstance(up, Tensor) and isinstance(down, Tensor)):
+        raise TypeError("the weights of these proofs are plain tensors")
+    return up, down
+
+
 def right(x: Tensor, index: Tensor, w: Tensor, weights: Weights, spec: ExpertSpec) -> Tensor:
     """What models' own code does: a loop over the experts, rounded at each step, with sums in the order of the experts."""
     out = torch.zeros_like(x)
     for e in range(EXPERTS):
         row, slot = torch.where(index == e)
-        one = StackedWeights(weights.gate_up_proj[e : e + 1], weights.down_proj[e : e + 1])
+        one = StackedWeights(*(stack[e : e + 1] for stack in _stacks(weights)))
         zero, whole = torch.zeros_like(row)[:, None], torch.ones_like(w[row, slot, None])
         y = reference.grouped_experts(x[row], zero, whole, one, spec)
         out = out.index_add(0, row, y * w[row, slot, None])
@@ -65,7 +72,7 @@ def _other(spec: ExpertSpec, **options: object) -> ExpertSpec:
 
 def _exchanged(weights: Weights, spec: ExpertSpec) -> Weights:
     axis = 2 if spec.transposed else 1
-    up = weights.gate_up_proj
+    up, _ = _stacks(weights)
     parts = up.unflatten(axis, (-1, 2)).flip(axis + 1) if spec.interleaved else up.unflatten(axis, (2, -1)).flip(axis)
     return StackedWeights(parts.flatten(axis, axis + 1), weights.down_proj)
 
@@ -81,7 +88,7 @@ WRONG: dict[str, tuple[Block, Callable[[ExpertSpec], bool]]] = {
 
 
 def prove(block: Block, spec: ExpertSpec, weights: Weights, seed: int) -> tuple[Proof, int]:
-    """The proof of decorated experts (`moe_ext.prove`), with `block` as their own code, on tokens that depend on the seed; and the draws it took."""
+    """The proof of decorated experts (`moe_ext.prove`), with `block` as their own code, on tokens of the seed; and the draws it took."""
     draws = 0
 
     def by(dtype: torch.dtype, compute: Block, tokens: list[Tensor]) -> Results:
@@ -93,7 +100,7 @@ def prove(block: Block, spec: ExpertSpec, weights: Weights, seed: int) -> tuple[
     def draw(number: int) -> Runs:
         nonlocal draws
         draws += 1
-        tokens, dtype = smooth_tokens(weights, spec, TOKENS, 1000 * seed + number), weights.down_proj.dtype
+        tokens, dtype = smooth_tokens(weights, spec, TOKENS, 1000 * seed + number), _stacks(weights)[1].dtype
         plain, truth = by(dtype, reference.grouped_experts, tokens), by(torch.float64, reference.grouped_experts, tokens)
         return Runs(by(dtype, block, tokens), by(dtype, functional.grouped_experts, tokens), plain, truth)
 

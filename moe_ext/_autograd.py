@@ -258,7 +258,7 @@ class _Step(torch.autograd.Function):
 
 
 def _step(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    op = getattr(moe, name).default
+    op = getattr(moe_ext, name).default
     return lambda *args, **options: _Step.apply(op, save, backward, options, *args)
 
 
@@ -311,7 +311,12 @@ _DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
-    return getattr(getattr(moe, packet), overload or "default")
+    return getattr(getattr(moe if packet == "grouped_forward" else moe_ext, packet), overload or "default")
+
+
+def _library(name: str) -> Any:
+    """Where an op is implemented: only grouped_forward is in the namespace that other packages use too."""
+    return _LIBRARY if name.partition(".")[0] == "grouped_forward" else _OWN_LIBRARY
 
 
 def _autograd(op: Any, formula: Callable[..., Any], with_gradient: Callable[..., Any]) -> Callable[..., Any]:
@@ -343,11 +348,11 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 for _layout, _name in ((_Stacked, "grouped_forward"), (_Listed, "grouped_forward.list")):
-    _LIBRARY.impl(_name, _grouped_forward_autograd(_layout), "Autograd", with_keyset=True)
+    _library(_name).impl(_name, _grouped_forward_autograd(_layout), "Autograd", with_keyset=True)
     for _op in (_layout.train, _layout.backward):
-        _LIBRARY.impl(_op.name().removeprefix("moe::"), _internal(_op), "Autograd", with_keyset=True)
+        _OWN_LIBRARY.impl(_op.name().partition("::")[2], _internal(_op), "Autograd", with_keyset=True)
 for _name, _rules in _DIFFERENTIABLE.items():
-    _LIBRARY.impl(_name, _autograd(_overload(_name), *_rules), "Autograd", with_keyset=True)
+    _library(_name).impl(_name, _autograd(_overload(_name), *_rules), "Autograd", with_keyset=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- autocast
@@ -375,7 +380,7 @@ def _autocast(op: Any, device: str, keep: tuple[int, ...]) -> Callable[..., Any]
 _KEEPS: dict[str, tuple[int, ...]] = {"grouped_forward": (2,), "grouped_forward.list": (2,), "grouped_mm": (), "grouped_mm.list": ()}
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     for _name, _keep in _KEEPS.items():
-        _LIBRARY.impl(_name, _autocast(_overload(_name), _device, _keep), _key)
+        _library(_name).impl(_name, _autocast(_overload(_name), _device, _keep), _key)
 
 
 # ------------------------------------------------------------------------------------------------------------ transforms of torch.func
@@ -396,4 +401,4 @@ _FORMULAS: dict[str, Callable[..., Any]] = {
     "sort_by_expert": formulas.sort_by_expert, **{name: rules[0] for name, rules in _DIFFERENTIABLE.items()},
 }  # fmt: skip
 for _name, _formula in _FORMULAS.items():
-    _LIBRARY.impl(_name, _transform(_formula, _name in _KEEPS, _KEEPS.get(_name, ())), "FuncTorchDynamicLayerFrontMode")
+    _library(_name).impl(_name, _transform(_formula, _name in _KEEPS, _KEEPS.get(_name, ())), "FuncTorchDynamicLayerFrontMode")

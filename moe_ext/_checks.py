@@ -6,7 +6,7 @@ Sizes may be symbols, so they are compared by torch._check alone. What offsets a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ._needs import Needs
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai")
 MOST_SLOTS = 2**31 - 2  # rows and slots are int32
-Size = int | torch.SymInt
+Size: TypeAlias = int | torch.SymInt
 
 
 def check(ok: bool | torch.SymBool, op: str, text: Callable[[], str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import sys
-import re
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path

@@ -64,7 +64,7 @@ class Box:
         self.copies = Copies(whole)
         self.module: nn.Module = self.copies.of(module)
         self.guard = _Guard(self.copies)
-        self.frozen: dict[nn.Module, frozen] = {}
+        self.frozen: dict[nn.Module, Frozen] = {}
         self.modules = list(self.module.modules())
         for m in self.modules:
             m.__dict__[BOX] = self

@@ -182,7 +182,9 @@ class State:
                 changed.append(path)
                 generator.set_state(state)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            changed += [path for path, *rest in self.tensors if self._put_back_tensor(*rest, is_written)]
+            for path, t, alias, facts, values in self.tensors:
+                if self._put_back_tensor(t, alias, facts, values, is_written):
+                    changed.append(path)
         return changed
 
     @staticmethod

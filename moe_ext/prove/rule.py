@@ -190,7 +190,7 @@ def prove_weights(weights: ExpertWeights, spec: ExpertSpec, trainable: bool) -> 
 
 
 def smooth_tokens(weights: ExpertWeights, spec: ExpertSpec, count: int, draw: int) -> list[Tensor]:
-    """`tokens_of` these experts, `count` that keep away from kinks, or somewhat fewer; any, where the experts are so wide that none does."""
+    """`tokens_of` these experts, `count` that keep away from kinks, or somewhat fewer; any, where none of these wide experts does."""
     like, hidden, _ = sizes_of(weights, spec)
     found: list[list[Tensor]] = []
     for batch in range(_BATCHES):

@@ -30,7 +30,7 @@ import torch
 model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, experts_implementation="moe_ext")
 with profile() as seen, torch.no_grad():
     model(torch.arange(5)[None])
-print([event.key for event in seen.key_averages() if event.key.startswith("moe::")])
+print([event.key for event in seen.key_averages() if event.key.startswith(("moe::", "moe_ext::"))])
 """
 ORDERS = {
     "moe_ext first": "import sys, moe_ext; assert 'transformers' not in sys.modules",
