@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -273,3 +274,12 @@ ARCHITECTURES: list[Architecture] = [
     ),
     lm("zaya", "Zaya", num_experts=4, num_experts_per_tok=1, router_hidden_size=16),
 ]  # fmt: skip
+# New in 5.24. Move them into the list when 5.24 is the release that is tested.
+ARCHITECTURES += [
+    architecture
+    for package, architecture in {
+        "hy_v4_vl": text("hy_v4_vl_text", "HYV4VL", rope_parameters=ROPE_3D | {"mrope_section": [1, 1, 2]}, **CLAMPED),
+        "lara_mini": lm("lara_mini", "LaraMini", **LINEAR),
+    }.items()
+    if importlib.util.find_spec(f"transformers.models.{package}") is not None
+]
