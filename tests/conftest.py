@@ -5,10 +5,19 @@ Markers are registered in pyproject.toml. Tests on one machine must give one ans
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Graphs that another version of the ops has left in the compiler's cache would run ops that this one does not have.
+_COMPILED = tempfile.mkdtemp(prefix="moe_ext-compiled-")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

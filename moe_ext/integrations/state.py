@@ -26,6 +26,12 @@ _FIXED = {
     torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 }  # fmt: skip
 
+#: Whose objects look after themselves: nothing is looked for in them. What our own remember of a model is read anew where it differs.
+_LIBRARIES = (
+    "bitsandbytes.", "torch._C", "torch.distributed", "torch.cuda", "logging", "threading", "moe_ext.integrations.run.unchanged",
+    "moe_ext.integrations.run.look", "moe_ext.integrations.run.code_reading",
+)  # fmt: skip
+
 #: The attribute by which a copied module leads to the sandbox that it is in.
 BOX = "_moe_ext_box"
 
@@ -49,7 +55,7 @@ def has_attributes(value: Any) -> bool:
     return (
         hasattr(value, "__dict__")
         and not isinstance(value, (type, types.FunctionType, types.ModuleType, Tensor))
-        and not type(value).__module__.startswith(("bitsandbytes.", "torch._C", "torch.distributed", "torch.cuda", "logging", "threading"))
+        and not type(value).__module__.startswith(_LIBRARIES)
     )
 
 

@@ -108,14 +108,6 @@ def test_no_gradient_is_computed_for_rows_that_need_none(watch: Watch) -> None:
     assert not out.requires_grad and watch.calls == 3
 
 
-def test_second_derivatives_raise() -> None:
-    rows = random(6, 64).requires_grad_()
-    out = read(experts4bit(3), rows).grouped_mm(rows, offsets_of([2, 3, 1]))
-    (grad,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_T35_the_backward_multiplies_with_the_weights_of_the_forward() -> None:
     def gradient(change: Callable[[nn.ModuleList], Any]) -> Tensor:
         linears, leaf = experts4bit(3), random(6, 64).requires_grad_()

@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
 
     @property
     def moe_ops(self) -> list[str]:
-        return [name.removeprefix("moe.") for name, _, _ in self.calls if name.startswith("moe.")]
+        return [name.partition(".")[2] for name, _, _ in self.calls if name.startswith(("moe.", "moe_ext."))]
 
 
 def saved_by(function: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:

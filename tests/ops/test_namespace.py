@@ -17,7 +17,7 @@ assert torch.ops.moe.grouped_forward(torch.eye(2), torch.tensor([[0], [1]]), tor
 """
 CUSTOM_OP = """
 import torch
-@torch.library.custom_op("moe_ext::permute", mutates_args=())
+@torch.library.custom_op("moe::permute", mutates_args=())
 def permute(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x[index]
 """
@@ -28,7 +28,7 @@ library.define("permute(Tensor x, Tensor index) -> Tensor")
 library.impl("permute", lambda x, index: x[index], "CPU")
 """
 FRAGMENT = OWNER.replace("DEF", "FRAGMENT")
-THEIRS = "assert torch.equal(torch.ops.moe_ext.permute(torch.arange(3), torch.tensor([2, 0])), torch.tensor([2, 0]))\n"
+THEIRS = "assert torch.equal(torch.ops.moe.permute(torch.arange(3), torch.tensor([2, 0])), torch.tensor([2, 0]))\n"
 
 
 def run(*parts: str) -> subprocess.CompletedProcess[str]:

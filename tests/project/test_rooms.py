@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS: dict[str, set[str]] = {
     "moe_ext": set(),
     "build_tools": set(),
-    "benchmarks": {"moe_ext"},
+    "benchmarks": {"moe_ext", "build_tools"},  # the digest of the CUDA sources is the build's
     "tools": {"moe_ext", "build_tools", "tests"},
     "tests": {"moe_ext", "build_tools", "benchmarks", "tools"},
 }

@@ -182,8 +182,8 @@ class Reading:
 
 
 def class_of(instance: Any) -> type:
-    """The class whose code an instance has: a parametrization puts one of its own before that."""
-    cls = type(instance)
+    """The class whose code an instance has: a parametrization and FSDP put classes of their own before that."""
+    cls = next((c for c in type(instance).__mro__ if not c.__module__.startswith("torch.distributed.")), type(instance))
     return cls.__bases__[0] if isinstance(instance, nn.Module) and "parametrizations" in instance._modules else cls
 
 
