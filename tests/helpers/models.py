@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moe_ext
-from moe_ext.testing import assert_accurate
+from moe_ext.testing import assert_accurate, relative_error
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'moe-ext[hf]')")
 
@@ -165,3 +165,14 @@ def enable_within_the_error_rule(model: nn.Module, ids: torch.Tensor) -> tuple[m
     for name in truth:
         assert_accurate(new[name], plain[name], truth[name], name)
     return report, plain
+
+
+def assert_as(out: torch.Tensor, plain: nn.Module, *args: torch.Tensor) -> None:
+    """`out` is what the module computes, by the error rule."""
+    exact = copy.deepcopy(plain).double()(*(a.double() if a.is_floating_point() else a for a in args))
+    assert_accurate(out, plain(*args), exact)
+
+
+def is_another(out: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they differ by more than rounding."""
+    return relative_error(out, other) > torch.finfo(out.dtype).eps ** 0.5

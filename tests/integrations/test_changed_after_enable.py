@@ -22,8 +22,8 @@ from torch import nn
 import moe_ext
 from moe_ext import functional
 from moe_ext.integrations import usable
-from moe_ext.testing import assert_accurate, relative_error
-from tests.helpers.models import build_experts, needs_tf5, routing
+from moe_ext.testing import assert_accurate
+from tests.helpers.models import assert_as, build_experts, is_another, needs_tf5, routing
 
 pytestmark = pytest.mark.tf4
 
@@ -120,17 +120,6 @@ def model_of(kind: str) -> nn.Module:
 
 
 X = torch.randn(1, 11, HIDDEN, generator=torch.Generator().manual_seed(3))
-
-
-def assert_as(out: torch.Tensor, plain: nn.Module, *args: torch.Tensor) -> None:
-    """`out` is what the module computes, by the error rule."""
-    exact = copy.deepcopy(plain).double()(*(a.double() if a.is_floating_point() else a for a in args))
-    assert_accurate(out, plain(*args), exact)
-
-
-def is_another(out: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether they differ by more than rounding."""
-    return relative_error(out, other) > torch.finfo(out.dtype).eps ** 0.5
 
 
 @pytest.fixture
@@ -346,8 +335,9 @@ def test_T124_a_patched_class_runs_its_new_code(monkeypatch: pytest.MonkeyPatch,
     moe_ext.enable(student, strict=True)
     for model in (student, teacher):
         seen.clear()
-        assert_as(model(X), plain, X)
+        out = model(X)
         assert len(seen) == 1
+        assert_as(out, plain, X)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- references

@@ -16,7 +16,7 @@ import moe_ext
 from moe_ext.integrations import sandbox
 from moe_ext.integrations.state import SMALL, State
 from moe_ext.integrations.usable import Refused
-from tests.helpers.models import CAUSAL_LM, build, build_experts, needs_tf5
+from tests.helpers.models import CAUSAL_LM, build, build_experts, is_another, needs_tf5
 from tests.integrations.own_blocks import E, H, I, Pair, lists, routers, stacks
 
 pytestmark = pytest.mark.tf4
@@ -268,7 +268,7 @@ def test_T111_merged_and_disabled_adapters_stay_in_the_weights() -> None:
     model.base_model.disable_adapter_layers()
     enable_and_compare(model)
     moe_ext.enable(model)
-    torch.testing.assert_close(model(x), base)
+    assert not is_another(model(x), base)
 
 
 def test_T112_what_a_proof_reaches_behind_the_module_is_put_back_with_its_name() -> None:
