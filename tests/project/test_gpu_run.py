@@ -172,6 +172,7 @@ def test_a_run_with_other_peers_does_not_displace_the_first(tmp_path: Path) -> N
 def test_results_of_other_sources_are_kept_beside_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = run_speed(FEW, tmp_path).data
     monkeypatch.setattr("benchmarks.gpu.results.source_digests", lambda: {"csrc/kernels/cuda/sort.cu": "0"})
+    monkeypatch.setattr("benchmarks.gpu.results.library", lambda: {"sha256": "0", "sources": "0", "older_than": []})
     file = ResultFile(tmp_path, "speed", Cpu())
     assert "its digest is" in str(file.displaced) and file.data["results"] == {}
     (other,) = tmp_path.glob("gpu-speed-*.json")

@@ -32,7 +32,7 @@ shutil.copy(LIBRARY, "moe_ext")
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """The Python files of the project, and no library."""
-    for folder in ("moe_ext", "benchmarks", "csrc"):
+    for folder in ("moe_ext", "benchmarks", "build_tools", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
     return tmp_path
 
