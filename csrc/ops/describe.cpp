@@ -11,8 +11,9 @@ namespace {
 std::string describe() {
   const KernelTable& t = kernel_table();
   std::ostringstream s;
-  s << "{\"build\": " << MOE_BUILD_INFO << ", \"cuda_sources\": \"" << MOE_CUDA_SOURCES << "\", \"device\": \"" << t.device << "\", \"variant\": \"" << t.variant << "\", \"variants\": ["
-    << describe_variants() << "], \"dtypes\": \"" << t.dtypes << "\", \"ops\": {";
+  s << "{\"build\": " << MOE_BUILD_INFO << ", \"cuda_sources\": \"" << MOE_CUDA_SOURCES << "\", \"device\": \"" << t.device
+    << "\", \"variant\": \"" << t.variant << "\", \"variants\": [" << describe_variants() << "], \"dtypes\": \"" << t.dtypes
+    << "\", \"ops\": {";
   const char* comma = "";
 #define MOE_DESCRIBE(name, Params)                                       \
   s << comma << "\"" #name "\": " << (t.name.launch ? "true" : "false"); \
